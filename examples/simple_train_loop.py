@@ -11,7 +11,7 @@ from core.config.optimizer import OptimizerConfig
 from core.config.parallel import ParallelConfig
 from core.config.precision import PrecisionConfig
 from core.config.transformer import TransformerConfig
-from core.data_parallel.buffers import GradBuffers
+from core.data_parallel.modes import make_data_parallel
 from core.optim.gradients import publish_sharing
 from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext, init_distributed
@@ -45,9 +45,9 @@ def main() -> None:
     initialize_parameters(parameters, seed=0)
 
     sharing = publish_sharing(parameters, ctx)  # who holds which box of which parameter
-    buffers = GradBuffers(parameters, ctx, parallel.bucket_mib, parallel.overlap_grad_reduce)
+    data_parallel = make_data_parallel(model, ctx, parallel)
     optimizer = OptimizerStep(
-        buffers, sharing, ctx, OptimizerConfig(lr=3e-3), PrecisionConfig(dtype="fp32")
+        data_parallel, sharing, ctx, OptimizerConfig(lr=3e-3), PrecisionConfig(dtype="fp32")
     )
     tokens_per_step = MICROBATCHES * BATCH * SEQUENCE * ctx.dp.size  # over all dp ranks
 
@@ -58,7 +58,7 @@ def main() -> None:
             first = (i * ctx.dp.size + ctx.dp.rank) * BATCH
             start = torch.arange(first, first + BATCH)[:, None] + 7 * step
             text = (start + 3 * torch.arange(SEQUENCE + 1)) % CONFIG.vocab_size
-            buffers.begin_microbatch(is_last=i == MICROBATCHES - 1)
+            data_parallel.begin_microbatch(is_last=i == MICROBATCHES - 1)
             losses = model(text[:, :-1], text[:, 1:], DropoutKey(0, step, first))
             loss = losses.sum() / tokens_per_step
             loss.backward()  # accumulates into fp32 buffers; dp sums overlap the last microbatch

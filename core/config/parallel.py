@@ -40,11 +40,16 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Cut activations between tensor-parallel regions along the sequence (Korthikanti et al.,
     2022); needs tp > 1."""
+    data_parallel: Literal["zero1", "replicated"] = "zero1"
+    """What data-parallel ranks share out. zero1: optimizer state (Rajbhandari et al., "ZeRO",
+    2020); replicated: nothing."""
     bucket_mib: int = 100
     """Size of a gradient bucket, in MiB of fp32: what one data-parallel reduction sums."""
     overlap_grad_reduce: bool = True
     """Start a bucket's reduction as soon as its gradients are complete, under the rest of the
     backward pass."""
+    overlap_param_gather: bool = True
+    """zero1: gather updated parameters under the next forward pass."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     """Activation recompute."""
 
@@ -94,6 +99,14 @@ def _sequence_parallel_needs_tp(config: ParallelConfig) -> None:
         )
 
 
+def _data_parallel_knobs_do_something(config: ParallelConfig) -> None:
+    if config.data_parallel != "zero1" and not config.overlap_param_gather:
+        raise ConfigError(
+            "--parallel.no-overlap-param-gather does nothing with --parallel.data-parallel "
+            f"{config.data_parallel}: leave it out"
+        )
+
+
 def _recompute_knobs_do_something(config: ParallelConfig) -> None:
     recompute = config.recompute
     if recompute.granularity == "selective" and not recompute.modules:
@@ -125,6 +138,7 @@ PARALLEL_RULES = (
     _sizes_are_positive,
     _axes_are_built,
     _sequence_parallel_needs_tp,
+    _data_parallel_knobs_do_something,
     _recompute_knobs_do_something,
 )
 

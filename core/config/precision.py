@@ -9,12 +9,18 @@ from core.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """Compute in `dtype`; master weights, gradients and optimizer state are fp32 (fp64 for
-    fp64).
+    """Compute in `dtype`; gradients, master weights and moments are fp32 (fp64 for fp64) unless
+    said otherwise.
     """
 
     dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "bf16"
     """Format of parameters and activations. fp64 is for proving layouts equal."""
+    master_weights: Literal["full", "remainder"] = "full"
+    """full: an fp32 copy of every parameter. remainder: only the 16 bits that a bf16 parameter
+    lacks of it, which saves 2 bytes a parameter and changes no bit of the result."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Format of Adam's two moments. bf16 is rounded stochastically and saves 4 bytes a
+    parameter."""
     initial_loss_scale: float = 2.0**16
     """fp16: loss scale at the start."""
     loss_scale_window: int = 1000
@@ -26,8 +32,14 @@ class PrecisionConfig:
 
 
 def _loss_scale_only_for_fp16(config: PrecisionConfig) -> None:
-    plain = PrecisionConfig(dtype=config.dtype)
-    if config.dtype != "fp16" and config != plain:
+    names = (
+        "initial_loss_scale",
+        "loss_scale_window",
+        "loss_scale_hysteresis",
+        "min_loss_scale",
+    )
+    given = [n for n in names if getattr(config, n) != getattr(PrecisionConfig, n)]
+    if config.dtype != "fp16" and given:
         raise ConfigError(
             f"loss scale options do nothing with --precision.dtype {config.dtype}: leave them out "
             "or use fp16"
@@ -49,7 +61,24 @@ def _loss_scale_can_work(config: PrecisionConfig) -> None:
         )
 
 
-PRECISION_RULES = (_loss_scale_only_for_fp16, _loss_scale_can_work)
+def _memory_formats_save_something(config: PrecisionConfig) -> None:
+    if config.master_weights == "remainder" and config.dtype != "bf16":
+        raise ConfigError(
+            f"--precision.master-weights remainder completes bf16 parameters, those of "
+            f"--precision.dtype {config.dtype} have another format: leave it out or use bf16"
+        )
+    if config.moments == "bf16" and config.dtype == "fp64":
+        raise ConfigError(
+            "--precision.moments bf16 does not fit --precision.dtype fp64, which is for proofs: "
+            "leave it out"
+        )
+
+
+PRECISION_RULES = (
+    _loss_scale_only_for_fp16,
+    _loss_scale_can_work,
+    _memory_formats_save_something,
+)
 
 
 def validate_precision(config: PrecisionConfig) -> None:

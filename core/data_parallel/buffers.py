@@ -1,24 +1,28 @@
-"""Contiguous parameter and gradient storage in buckets, and the data-parallel gradient sum.
+"""Contiguous parameter and gradient storage in buckets, and what data-parallel ranks exchange of
+them.
 
-A bucket's sum starts, under the rest of the backward pass, once every parameter in it has *said*
-that its gradient is complete (`grad_ready`). Autograd hooks could not say so: a weight gradient may
-be computed long after autograd has passed the layer.
+A bucket's reduction starts, under the rest of the backward pass, once every parameter in it has
+*said* that its gradient is complete (`grad_ready`). Autograd hooks could not say so: a weight
+gradient may be computed long after autograd has passed the layer.
+
+Under ZeRO-1 (Rajbhandari et al., 2020) the reduction leaves each rank its part of the sum; it
+updates that part of the parameters, and an all-gather, under the next forward pass, brings back the
+others'. Replicated, every rank gets the whole sum and updates everything.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from core.data_parallel.regions import ALIGNMENT, Fragment, Region, aligned, cut_fragments
+from core.parallel.collectives import start_all_gather_in_place, start_reduce_scatter_in_place
 from core.parallel.context import ParallelContext
 from core.parallel.sharding import DeclaredParameter, ParamSharding
-
-ALIGNMENT = 128
-"""Every parameter starts at a multiple of this many elements: wide loads stay aligned in every
-format."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,9 @@ class Bucket:
     weight_decay: bool
 
 
-def aligned(numel: int) -> int:
-    """`numel` rounded up to the alignment of parameters."""
-    return -(-numel // ALIGNMENT) * ALIGNMENT
-
-
 class GradBuffers:
-    """Buckets over all trainable parameters of a model, in reverse order of declaration, which is
-    nearly the order in which the backward pass completes them.
+    """`DataParallel` by buckets over all trainable parameters of a model, in reverse order of
+    declaration, which is nearly the order in which the backward pass completes them.
 
     On every trainable parameter it sets `main_grad`, a view that gradients are accumulated into,
     and `grad_ready`, called without arguments each time a whole gradient has been added. The first
@@ -70,8 +69,8 @@ class GradBuffers:
     parameters has been ready that often. A parameter with an ordinary gradient needs no call: a
     hook adds the gradient to `main_grad`, drops `.grad` and calls `grad_ready`.
 
-    One step is `begin_microbatch` before every forward pass, `finish` after the last backward pass,
-    and `zero` once the gradients have been used.
+    Updated parameters are awaited by the forward pass of the module that owns them, so a parameter
+    must not be read by another module before that.
     """
 
     def __init__(
@@ -79,7 +78,10 @@ class GradBuffers:
         parameters: dict[str, DeclaredParameter],
         ctx: ParallelContext,
         bucket_mib: int,
-        overlap: bool,
+        *,
+        sharded: bool = True,
+        overlap_reduce: bool = True,
+        overlap_gather: bool = True,
     ) -> None:
         """Move the parameters into flat storage, keeping their bits.
 
@@ -88,13 +90,17 @@ class GradBuffers:
                 require no gradient are left alone.
             ctx: the process axes; gradients are summed over dp.
             bucket_mib: size of a bucket in MiB of fp32. A larger parameter has its own bucket.
-            overlap: whether a sum may start before the backward pass has ended.
+            sharded: ZeRO-1 over dp; otherwise every rank updates everything.
+            overlap_reduce: whether a reduction may start before the backward pass has ended.
+            overlap_gather: whether a gather may end after the next forward pass has begun.
 
         Raises:
             ValueError: a parameter already lies in the buffers of another instance.
         """
+        self.parameters = parameters
         self._axis = ctx.dp
-        self._overlap = overlap
+        self._overlap_reduce, self._overlap_gather = overlap_reduce, overlap_gather
+        self._sharded = sharded and ctx.dp.size > 1
         trainable = {n: p for n, p in parameters.items() if p.parameter.requires_grad}
         for name, declared in trainable.items():
             if hasattr(declared.parameter, "main_grad"):
@@ -103,14 +109,27 @@ class GradBuffers:
         plan = _plan_buckets(trainable, (bucket_mib << 20) // 4)
         # A bucket is complete when its earliest declared parameter is.
         plan.sort(key=lambda names: -order[names[-1]])
-        self.buckets = tuple(_make_bucket([trainable[n] for n in names]) for names in plan)
+        self.buckets = tuple(
+            _make_bucket([trainable[n] for n in names], ctx.dp.size) for names in plan
+        )
         """In the order in which their reductions start, which is the same on all ranks."""
+        # The bucket that is complete last is used first.
+        self.regions: Sequence[Region] = tuple(map(self._region, reversed(self.buckets)))
+        self.counted = ctx.world if self._sharded else ctx.model
         self._bucket_of = tuple(i for i, b in enumerate(self.buckets) for _ in b.slots)
+        self._gathers: list[dist.Work | None] = [None] * len(self.buckets)
+        owners: dict[nn.Module, set[int]] = defaultdict(set)
         for index, (bucket, slot) in enumerate(self.slots()):
-            parameter: Any = trainable[slot.sharding.name].parameter
+            declared = trainable[slot.sharding.name]
+            parameter: Any = declared.parameter
             parameter.main_grad = slot.view(bucket.main_grad)
             parameter.grad_ready = self._readiness(index, slot.sharding.name)
             parameter.register_post_accumulate_grad_hook(_accumulate)
+            for module in declared.modules:
+                owners[module].add(self._bucket_of[index])
+        if self._sharded:
+            for module, needed in owners.items():
+                module.register_forward_pre_hook(self._awaiter(tuple(sorted(needed))))
         self._expected: list[int] | None = None
         self._reset()
 
@@ -125,8 +144,9 @@ class GradBuffers:
     def finish(self) -> None:
         """Start the reductions that have not started and make the current stream wait for all.
 
-        Afterwards every `main_grad` holds the sum over dp. Collective over dp: one all-reduce per
-        bucket, in the same order on all ranks. On CUDA the host does not wait.
+        Afterwards the `main_grad` of every region holds the sum over dp. Collective over dp: one
+        reduce-scatter (replicated: all-reduce) per bucket, in the same order on all ranks. On CUDA
+        the host does not wait.
         """
         while self._started < len(self.buckets):
             self._start_next()
@@ -136,11 +156,30 @@ class GradBuffers:
         if self._expected is None and self._is_last:
             self._expected = self._calls
 
+    def publish(self, index: int) -> None:
+        """Start to gather the values of a region from all ranks; collective over dp under ZeRO-1,
+        one all-gather, which the forward pass of the parameters' modules awaits.
+        """
+        if not self._sharded:
+            return
+        at = len(self.buckets) - 1 - index
+        work = start_all_gather_in_place(self.buckets[at].values, self._axis)
+        self._gathers[at] = work
+        if not self._overlap_gather:
+            self._wait(at)
+
     def zero(self) -> None:
-        """Clear all gradients for the next step."""
+        """Clear the gradients that are in no region, for the next step."""
         for bucket in self.buckets:
-            bucket.main_grad.zero_()
+            mine = self._mine(bucket)
+            bucket.main_grad[: mine.start].zero_()
+            bucket.main_grad[mine.stop :].zero_()
         self._reset()
+
+    def wait_for_parameters(self) -> None:
+        """Make the current stream wait until all parameters are whole."""
+        for bucket in range(len(self.buckets)):
+            self._wait(bucket)
 
     def slots(self) -> Iterator[tuple[Bucket, Slot]]:
         """Every trainable parameter with its bucket."""
@@ -148,10 +187,42 @@ class GradBuffers:
             for slot in bucket.slots:
                 yield bucket, slot
 
+    def _mine(self, bucket: Bucket) -> slice:
+        """The part of a bucket that this rank updates."""
+        if not self._sharded:
+            return slice(0, len(bucket.values))
+        size = len(bucket.values) // self._axis.size
+        return slice(self._axis.rank * size, (self._axis.rank + 1) * size)
+
+    def _region(self, bucket: Bucket) -> Region:
+        mine = self._mine(bucket)
+        fragments: list[Fragment] = []
+        for slot in bucket.slots:
+            first = max(mine.start - slot.start, 0)
+            stop = min(mine.stop - slot.start, slot.numel)
+            if first < stop:
+                start = slot.start + first - mine.start
+                fragments += cut_fragments(slot.sharding, slot.shape, first, stop, start)
+        return Region(
+            bucket.values[mine], bucket.main_grad[mine], tuple(fragments), bucket.weight_decay
+        )
+
     def _reset(self) -> None:
         self._started = 0
         self._works: list[dist.Work] = []
         self.begin_microbatch(is_last=False)
+
+    def _awaiter(self, buckets: tuple[int, ...]) -> Callable[..., None]:
+        def await_parameters(*_: Any) -> None:
+            for bucket in buckets:
+                self._wait(bucket)
+
+        return await_parameters
+
+    def _wait(self, bucket: int) -> None:
+        work, self._gathers[bucket] = self._gathers[bucket], None
+        if work is not None:
+            work.wait()
 
     def _readiness(self, index: int, name: str) -> Callable[[], None]:
         """The `grad_ready` of a parameter. On CUDA its gradient must be complete on the stream that
@@ -167,7 +238,7 @@ class GradBuffers:
                 )
             self._calls[index] += 1
             if (
-                self._overlap
+                self._overlap_reduce
                 and self._is_last
                 and self._expected is not None
                 and self._calls[index] == self._expected[index]
@@ -181,8 +252,10 @@ class GradBuffers:
         return grad_ready
 
     def _start_next(self) -> None:
-        if self._axis.group is not None:
-            main_grad = self.buckets[self._started].main_grad
+        main_grad = self.buckets[self._started].main_grad
+        if self._sharded:
+            self._works.append(start_reduce_scatter_in_place(main_grad, self._axis))
+        elif self._axis.group is not None:
             work = dist.all_reduce(main_grad, group=self._axis.group, async_op=True)
             assert work is not None
             self._works.append(work)
@@ -216,17 +289,20 @@ def _plan_buckets(parameters: dict[str, DeclaredParameter], limit: int) -> list[
     return done + [names for names, _ in open_.values()]
 
 
-def _make_bucket(parameters: Sequence[DeclaredParameter]) -> Bucket:
-    """Allocate a bucket and move the parameters into it."""
+def _make_bucket(parameters: Sequence[DeclaredParameter], parts: int) -> Bucket:
+    """Allocate a bucket that can be cut into as many aligned parts, and move the parameters into
+    it. Its length is the same whether or not it is cut, so that modes can be compared bit by bit.
+    """
     slots: list[Slot] = []
     for declared in parameters:
         data = declared.parameter.data
         start = slots[-1].end if slots else 0
         slots.append(Slot(declared.sharding, tuple(data.shape), start, data.numel()))
     first = parameters[0].parameter
-    values = torch.zeros(slots[-1].end, dtype=first.dtype, device=first.device)
+    size = -(-slots[-1].end // (ALIGNMENT * parts)) * ALIGNMENT * parts
+    values = torch.zeros(size, dtype=first.dtype, device=first.device)
     wide = torch.promote_types(first.dtype, torch.float32)
-    main_grad = torch.zeros(slots[-1].end, dtype=wide, device=first.device)
+    main_grad = torch.zeros(size, dtype=wide, device=first.device)
     for declared, slot in zip(parameters, slots, strict=True):
         view = slot.view(values)
         view.copy_(declared.parameter.data)

@@ -7,7 +7,7 @@ Ranks that hold the same box of a parameter form its sharing group; the lowest i
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.data_parallel.buffers import GradBuffers, Slot
+from core.data_parallel.regions import Fragment, Region
 from core.errors import TrainingError
 from core.kernels.compile import compiled
 from core.parallel.collectives import all_reduce
@@ -124,14 +124,27 @@ def _check_cover(shapes: dict[str, tuple[int, ...]], holders: Iterable[tuple[str
 
 
 class ReplicaGradients:
-    """The gradients of one model replica as boxes of global tensors, ready once the sum over dp
+    """The gradients in this rank's regions as boxes of global tensors, ready once the sum over dp
     is.
     """
 
-    def __init__(self, buffers: GradBuffers, sharing: Sharing, ctx: ParallelContext) -> None:
-        """Find the regions of `main_grad` that are summed and counted; no communication."""
-        self._model, self._device = ctx.model, ctx.device
-        self._partial: list[tuple[dist.ProcessGroup, list[Tensor]]] = []
+    def __init__(
+        self, regions: Sequence[Region], counted: Axis, sharing: Sharing, ctx: ParallelContext
+    ) -> None:
+        """Find what of the regions is summed over sharing groups, and what is counted in the norm.
+
+        Collective: one gather of boxes over the replica where it has several ranks.
+
+        Args:
+            regions: what this rank updates.
+            counted: the ranks whose regions together hold every element; see `DataParallel`.
+            sharing: who else holds what in the replica.
+            ctx: the process axes.
+
+        Raises:
+            ValueError: ranks that share a partial gradient have cut it in different ways.
+        """
+        self._counted, self._device = counted, ctx.device
         self._owned: list[Tensor] = []
         boxes: dict[str, list[SharedBox]] = defaultdict(list)
         for box in sharing.boxes:
@@ -139,29 +152,31 @@ class ReplicaGradients:
         partial: dict[tuple[tuple[int, ...], str], dict[tuple[str, Box], Tensor]] = defaultdict(
             dict
         )
-        for bucket in buffers.buckets:
-            regions: list[tuple[int, int]] = []
-            for slot in bucket.slots:
-                for box in boxes[slot.sharding.name]:
-                    view = slot.view(bucket.main_grad)[box.copy.local.slices]
-                    if box.copy.grad == "partial" and len(box.ranks) > 1:
-                        key = (box.ranks, str(view.dtype))
-                        partial[key][box.name, box.copy.global_] = view
-                    if not sharing.owns(box):
+        for region in regions:
+            spans: list[tuple[int, int]] = []
+            for fragment in region.fragments:
+                for copy in fragment.copies:
+                    shared = _holding(boxes[fragment.name], copy)
+                    view = fragment.view(region.main_grad)[copy.local.slices]
+                    if copy.grad == "partial" and len(shared.ranks) > 1:
+                        key = (shared.ranks, str(view.dtype))
+                        partial[key][fragment.name, copy.global_] = view
+                    if not sharing.owns(shared):
                         continue
-                    region = _flat_region(slot, box.copy.local)
-                    if region is None:
+                    span = _flat_span(fragment, copy.local)
+                    if span is None:
                         self._owned.append(view)
-                    elif regions and regions[-1][1] == region[0]:
-                        regions[-1] = (regions[-1][0], region[1])
+                    elif spans and spans[-1][1] == span[0]:
+                        spans[-1] = (spans[-1][0], span[1])
                     else:
-                        regions.append(region)
-            self._owned += [bucket.main_grad[start:stop] for start, stop in regions]
+                        spans.append(span)
+            self._owned += [region.main_grad[start:stop] for start, stop in spans]
         # Holders may have their boxes in different places: names and boxes give one order to all.
-        for key in sorted(partial):
-            self._partial.append(
-                (sharing.groups[key[0]], [partial[key][box] for box in sorted(partial[key])])
-            )
+        self._partial = [
+            (sharing.groups[key[0]], [views[box] for box in sorted(views)])
+            for key, views in sorted(partial.items(), key=lambda item: item[0])
+        ]
+        _check_cuts({key: sorted(views) for key, views in partial.items()}, ctx.model)
 
     def reduce_partial(self) -> None:
         """Sum the boxes of which each holder has a part, in place in `main_grad`.
@@ -179,30 +194,50 @@ class ReplicaGradients:
     def norm(self) -> Tensor:
         """Global norm of the gradient, each element of each global parameter counted once.
 
-        Collective: one all-reduce over the replica. Squares are summed in fp64. The host does not
-        wait.
+        Collective: one all-reduce over the replica, or over the world where regions are cut over
+        dp. Squares are summed in fp64. The host does not wait.
 
         Returns:
-            0-dim fp64 tensor, the same on all ranks of the replica.
+            0-dim fp64 tensor, the same on all these ranks.
         """
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for region in self._owned:
-            total += _squares(region)
-        return all_reduce(total, self._model).sqrt()
+        for part in self._owned:
+            total += _squares(part)
+        return all_reduce(total, self._counted).sqrt()
 
 
-def _flat_region(slot: Slot, local: Box) -> tuple[int, int] | None:
-    """Where a local box lies in its bucket if it is contiguous there, the gap after it included
-    where it ends its parameter, so that neighbours join.
+def _holding(boxes: Iterable[SharedBox], copy: BoxCopy) -> SharedBox:
+    """The shared box that a part of it lies in."""
+    return next(box for box in boxes if box.copy.global_.intersect(copy.global_) == copy.global_)
+
+
+def _check_cuts(mine: Mapping[tuple[tuple[int, ...], str], Any], axis: Axis) -> None:
+    """Summing boxes of different cuts would mix gradients of different elements."""
+    found: dict[Any, list[Any]] = defaultdict(list)
+    for cuts in _all_gather(mine, axis):
+        for key, boxes in cuts.items():
+            found[key].append(boxes)
+    for (ranks, _), cuts in found.items():
+        if len(cuts) != len(ranks) or any(boxes != cuts[0] for boxes in cuts):
+            raise ValueError(
+                f"ranks {ranks} share gradients of which each has a part, but hold them cut in "
+                "different ways: give the shared parameters buckets of their own"
+            )
+
+
+def _flat_span(fragment: Fragment, local: Box) -> tuple[int, int] | None:
+    """Where a box of a fragment lies in the region if it is contiguous there, the gap after it
+    included where it ends the fragment, so that neighbours join.
     """
     split = next((d for d, n in enumerate(local.shape) if n > 1), len(local.shape))
-    if local.shape[split + 1 :] != slot.shape[split + 1 :]:
+    if local.shape[split + 1 :] != fragment.shape[split + 1 :]:
         return None
     first = 0
-    for start, size in zip(local.start, slot.shape, strict=True):
+    for start, size in zip(local.start, fragment.shape, strict=True):
         first = first * size + start
     stop = first + local.numel
-    return slot.start + first, slot.end if stop == slot.numel else slot.start + stop
+    ends = stop == fragment.numel
+    return fragment.start + first, fragment.end if ends else fragment.start + stop
 
 
 def _squares(x: Tensor) -> Tensor:

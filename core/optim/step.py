@@ -9,7 +9,7 @@ from torch import Tensor
 
 from core.config.optimizer import OptimizerConfig
 from core.config.precision import PrecisionConfig
-from core.data_parallel.buffers import GradBuffers
+from core.data_parallel.regions import DataParallel
 from core.errors import TrainingError
 from core.optim.adamw import AdamW, ParameterState
 from core.optim.gradients import ReplicaGradients, Sharing
@@ -36,21 +36,27 @@ class OptimizerStep:
     """Owns the optimizer's state. All ranks take the same decision: they see the same norm.
 
     Usage, once per step:
-        buffers.begin_microbatch(...), forward, and backward of loss * optimizer.loss_scale.scale,
-        for every microbatch; then `step`.
+        data_parallel.begin_microbatch(...), forward, and backward of loss *
+        optimizer.loss_scale.scale, for every microbatch; then `step`.
     """
 
     def __init__(
         self,
-        buffers: GradBuffers,
+        data_parallel: DataParallel,
         sharing: Sharing,
         ctx: ParallelContext,
         config: OptimizerConfig,
         precision: PrecisionConfig,
+        seed: int = 0,
     ) -> None:
-        self._buffers, self._config = buffers, config
-        self._gradients = ReplicaGradients(buffers, sharing, ctx)
-        self.adamw = AdamW(buffers.buckets, ctx.device, config.betas, config.eps)
+        """Allocate the state for this rank's regions.
+
+        Collective over the replica: see `ReplicaGradients`. `seed` is that of stochastic rounding.
+        """
+        self._data_parallel, self._config = data_parallel, config
+        regions = data_parallel.regions
+        self._gradients = ReplicaGradients(regions, data_parallel.counted, sharing, ctx)
+        self.adamw = AdamW(regions, ctx.device, config, precision, seed)
         self.loss_scale = LossScale(precision, ctx.device)
         self._mean_norm = torch.zeros((), dtype=torch.float64, device=ctx.device)
 
@@ -62,7 +68,8 @@ class OptimizerStep:
         norm is not finite, or a spike (`OptimizerConfig.spike_factor`), or `valid` is false.
 
         Collectives: the sum over dp of what has not been summed yet, one sum per sharing group of
-        partial gradients, and the norm over the replica.
+        partial gradients, the norm, and the start of whatever brings updated parameters to all
+        ranks.
 
         Args:
             lr: learning rate.
@@ -70,7 +77,7 @@ class OptimizerStep:
             valid: 0-dim bool, the same on all ranks: false where the step has nothing to learn
                 from, such as no valid token.
         """
-        self._buffers.finish()
+        self._data_parallel.finish()
         self._gradients.reduce_partial()
         scale = self.loss_scale.scale.clone()
         norm = self._gradients.norm() / scale
@@ -85,8 +92,9 @@ class OptimizerStep:
             grad_scale_inverse=scale.double().reciprocal(),
             clip_coefficient=self._clip_coefficient(norm),
             apply=apply,
+            updated=self._data_parallel.publish,
         )
-        self._buffers.zero()
+        self._data_parallel.zero()
         gain = self.adamw.step_count.clamp(1, _MEAN_STEPS).double().reciprocal()
         mean = self._mean_norm + (norm - self._mean_norm) * gain
         self._mean_norm.copy_(torch.where(apply, mean, self._mean_norm))

@@ -71,6 +71,30 @@ def wait(work: dist.Work | None) -> None:
         work.wait()
 
 
+def start_all_gather_in_place(whole: Tensor, axis: Axis) -> dist.Work:
+    """Fill a flat tensor from the parts that the ranks of an axis of several have at their place;
+    read it after `wait`.
+    """
+    work = _gather(whole, own_part(whole, axis), group=axis.group, async_op=True)
+    assert work is not None
+    return work
+
+
+def start_reduce_scatter_in_place(whole: Tensor, axis: Axis) -> dist.Work:
+    """Sum a flat tensor over an axis of several ranks into each rank's own part of it; read that
+    after `wait`. What the other parts hold is not specified.
+    """
+    work = _reduce_scatter(own_part(whole, axis), whole, group=axis.group, async_op=True)
+    assert work is not None
+    return work
+
+
+def own_part(whole: Tensor, axis: Axis) -> Tensor:
+    """This rank's part of a tensor that is cut evenly along its first dimension."""
+    size = whole.shape[0] // axis.size
+    return whole[axis.rank * size : (axis.rank + 1) * size]
+
+
 def all_gather_first(x: Tensor, axis: Axis) -> Tensor:
     """`[n, ...]` of every rank to `[n * size, ...]`, in rank order."""
     out, work = start_all_gather_first(x, axis)

@@ -105,6 +105,8 @@ class DeclaredParameter:
     sharding: ParamSharding
     init: Init
     weight_decay: bool
+    modules: tuple[nn.Module, ...]
+    """All modules that hold the parameter: several where it is tied."""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -158,12 +160,15 @@ def declared_parameters(model: nn.Module) -> dict[str, DeclaredParameter]:
         ValueError: a parameter was made without `declare_parameter`, or two have one global name.
     """
     found: dict[str, DeclaredParameter] = {}
-    seen: set[int] = set()
+    holders: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(module)
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
+            sharers = holders[id(parameter)]
+            if sharers[0] is not module:
                 continue
-            seen.add(id(parameter))
             declaration: Declaration | None = module.__dict__.get("_declarations", {}).get(
                 attribute
             )
@@ -174,7 +179,12 @@ def declared_parameters(model: nn.Module) -> dict[str, DeclaredParameter]:
                 raise ValueError(f"two parameters have the global name {name}")
             sharding = ParamSharding(name, declaration.global_shape, declaration.copies)
             found[name] = DeclaredParameter(
-                module, attribute, sharding, declaration.init, declaration.weight_decay
+                module,
+                attribute,
+                sharding,
+                declaration.init,
+                declaration.weight_decay,
+                tuple(sharers),
             )
     return found
 

@@ -27,6 +27,7 @@ from core.checkpoint.reader import CheckpointReader, open_checkpoint
 from core.checkpoint.writer import save_checkpoint
 from core.config.loading import to_toml
 from core.config.run import RunConfig
+from core.data_parallel.regions import DataParallel
 from core.errors import CheckpointError
 from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext
@@ -76,13 +77,18 @@ class RunState:
     task: TrainTask
     config: RunConfig[Any]
     ctx: ParallelContext
-    parameters: dict[str, DeclaredParameter]
+    data_parallel: DataParallel
     optimizer: OptimizerStep
     position: Position = dataclasses.field(default_factory=Position)
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What is remembered of the Hugging Face weights that training began with."""
     _saved_step: int | None = None
     _loaded_assets: Path | None = None
+
+    @property
+    def parameters(self) -> dict[str, DeclaredParameter]:
+        """What this rank holds of the model."""
+        return self.data_parallel.parameters
 
     def start(self) -> str:
         """Fill parameters and optimizer state; returns a line that says from what.
@@ -120,6 +126,7 @@ class RunState:
         if self.config.save is None or self._saved_step == self.position.step:
             return None
         train = self.config.train
+        self.data_parallel.wait_for_parameters()
         path = save_checkpoint(
             Path(self.config.save),
             self.position.step,
@@ -216,9 +223,9 @@ class RunState:
     def _optimizer_tensors(self) -> list[SavedTensor]:
         return [
             SavedTensor(
-                optim_key(state.name, state.sharding.name),
-                state.sharding.global_shape,
-                state.sharding.copies,
+                optim_key(state.name, state.fragment.name),
+                state.fragment.global_shape,
+                state.fragment.copies,
                 state.tensor,
             )
             for state in self.optimizer.state_tensors()

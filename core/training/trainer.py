@@ -28,7 +28,7 @@ from core.config.run import RunConfig
 from core.config.train import validate_batch_sizes
 from core.data.loader import BatchLoader
 from core.data.tokenizers import load_tokenizer
-from core.data_parallel.buffers import GradBuffers
+from core.data_parallel.modes import make_data_parallel
 from core.errors import ConfigError, DataError
 from core.optim.gradients import publish_sharing
 from core.optim.schedules import learning_rate, weight_decay
@@ -121,7 +121,7 @@ class Trainer:
             DataError: there is no training data.
         """
         self.task, self.config, self.ctx = task, config, ctx
-        train, parallel = config.train, config.parallel
+        train = config.train
         self._stop = StopRequest(train.exit_duration_minutes)
         self._watchdog = Watchdog(train.hang_timeout_seconds, failures or SentenceHandler())
         if train.deterministic:
@@ -130,17 +130,14 @@ class Trainer:
         task.validate(ctx, config.data)
         place = Placement(ctx, DTYPES[config.precision.dtype], ctx.device)
         self.model: nn.Module = task.build_model(place)
-        parameters = declared_parameters(self.model)
-        sharing = publish_sharing(parameters, ctx)
-        self._buffers = GradBuffers(
-            parameters, ctx, parallel.bucket_mib, parallel.overlap_grad_reduce
-        )
+        sharing = publish_sharing(declared_parameters(self.model), ctx)
+        self._data_parallel = make_data_parallel(self.model, ctx, config.parallel)
         self.optimizer = OptimizerStep(
-            self._buffers, sharing, ctx, config.optimizer, config.precision
+            self._data_parallel, sharing, ctx, config.optimizer, config.precision, train.seed
         )
         console = Console(enabled=ctx.world.rank == 0, total_steps=train.steps)
         self._reporter = Reporter(console, self._throughput(place.dtype), ctx.device)
-        self.state = RunState(task, config, ctx, parameters, self.optimizer)
+        self.state = RunState(task, config, ctx, self._data_parallel, self.optimizer)
         start = self.state.start()
         self._skips = SkipLimit(
             config.optimizer.max_consecutive_skips, self.optimizer.loss_scale.minimum
@@ -225,7 +222,7 @@ class Trainer:
         weights = torch.where(counts > 0, self.optimizer.loss_scale.scale / counts, 0.0)
         sums = _Sums()
         for number, batch in enumerate(data.batches):
-            self._buffers.begin_microbatch(is_last=number == len(data.batches) - 1)
+            self._data_parallel.begin_microbatch(is_last=number == len(data.batches) - 1)
             key = DropoutKey(train.seed, position.step, batch.first_sample)
             output = self.task.forward_step(self.model, batch.to(self.ctx.device), key)
             sums.add(output, data.names)
