@@ -23,10 +23,10 @@ from torch import Tensor
 from core.config.loading import exit_on_user_error
 from core.config.optimizer import OptimizerConfig
 from core.config.parallel import ParallelConfig, validate_parallel
-from core.config.precision import PrecisionConfig
+from core.config.precision import PrecisionConfig, validate_precision
 from core.config.suggestions import did_you_mean
 from core.config.transformer import TransformerConfig
-from core.data_parallel.buffers import GradBuffers
+from core.data_parallel.modes import make_data_parallel
 from core.errors import ConfigError
 from core.kernels.attention import chosen_kernel
 from core.optim.gradients import publish_sharing
@@ -35,6 +35,7 @@ from core.parallel.context import ParallelContext, init_distributed
 from core.parallel.placement import Placement, initialize_parameters
 from core.parallel.random import DropoutKey, make_key, philox
 from core.parallel.sharding import declared_parameters
+from core.training.trainer import DTYPES
 from core.transformer.language_model import LanguageModel
 from models.llama.config import PRESETS
 from models.llama.model import build_llama
@@ -63,8 +64,8 @@ class Work:
     """Steps measured."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Where to run."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Compute format."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Number formats."""
     profile: Path | None = None
     """Write a table of the kernels of one step here."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -76,22 +77,15 @@ class Step:
 
     def __init__(self, work: Work, config: TransformerConfig, ctx: ParallelContext) -> None:
         self.work, self.config, self.ctx = work, config, ctx
-        dtype = torch.bfloat16 if work.dtype == "bf16" else torch.float32
-        place = Placement(ctx, dtype, ctx.device)
+        place = Placement(ctx, DTYPES[work.precision.dtype], ctx.device)
         self.model: LanguageModel = build_llama(config, place, work.parallel.recompute)
-        parameters = declared_parameters(self.model)
-        initialize_parameters(parameters, seed=1)
-        sharing = publish_sharing(parameters, ctx)
-        self.buffers = GradBuffers(
-            parameters, ctx, work.parallel.bucket_mib, work.parallel.overlap_grad_reduce
-        )
+        sharing = publish_sharing(declared_parameters(self.model), ctx)
+        self.data_parallel = make_data_parallel(self.model, ctx, work.parallel)
         self.optimizer = OptimizerStep(
-            self.buffers,
-            sharing,
-            ctx,
-            OptimizerConfig(lr=1e-4),
-            PrecisionConfig(dtype=work.dtype),
+            self.data_parallel, sharing, ctx, OptimizerConfig(lr=1e-4), work.precision
         )
+        initialize_parameters(self.data_parallel.parameters, seed=1)
+        self.optimizer.adamw.refresh_master_from_parameters()
         self.number = 0
 
     def tokens(self, microbatch: int) -> Tensor:
@@ -109,7 +103,7 @@ class Step:
         total = torch.zeros((), device=self.ctx.device)
         for i in range(work.microbatches):
             tokens = self.tokens(i)
-            self.buffers.begin_microbatch(is_last=i == work.microbatches - 1)
+            self.data_parallel.begin_microbatch(is_last=i == work.microbatches - 1)
             key = DropoutKey(1, self.number, i)
             loss = self.model(tokens[:, :-1], tokens[:, 1:], key).sum() / count
             loss.backward()
@@ -152,8 +146,10 @@ def report(step: Step, work: Work, seconds: list[float], first: float) -> str:
     rate = tokens / median / ctx.world.size
     lines = [
         f"{work.preset}, {config.num_layers} layers, vocabulary {config.vocab_size}, sequence "
-        f"{work.seq_length}, {work.microbatches} x {work.micro_batch_size}, {work.dtype}; tp "
-        f"{ctx.tp.size}, sequence parallel {ctx.sequence_parallel}, dp {ctx.dp.size}",
+        f"{work.seq_length}, {work.microbatches} x {work.micro_batch_size}, "
+        f"{work.precision.dtype}; tp {ctx.tp.size}, sequence parallel {ctx.sequence_parallel}, dp "
+        f"{ctx.dp.size} {work.parallel.data_parallel}",
+        f"master weights      {work.precision.master_weights}, moments {work.precision.moments}",
         f"first loss          {first:.5f}",
         f"step                {median * 1e3:.1f} ms (fastest {min(seconds) * 1e3:.1f}, slowest "
         f"{max(seconds) * 1e3:.1f})",
@@ -196,6 +192,7 @@ def profile(step: Step, path: Path) -> None:
 def main() -> None:
     work = tyro.cli(Work, description=__doc__)
     validate_parallel(work.parallel)
+    validate_precision(work.precision)
     device = init_distributed(work.device)
     ctx = ParallelContext.create(work.parallel, device)
     if work.preset not in PRESETS:

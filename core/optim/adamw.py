@@ -299,17 +299,19 @@ def update_(
     new_avg = old_avg + (scaled - old_avg) * gain1
     new_sq = old_sq * keep2 + scaled * scaled * gain2
     update = new_avg / (new_sq.sqrt() * root_scale + eps)
-    whole = values is None or master.dtype.is_floating_point
-    old = master if whole else join_master(values, master)
+    old = master
+    if values is not None and not master.dtype.is_floating_point:
+        old = join_master(values, master)
     new = torch.where(apply, old * decay - update * step_size, old)
     if place is not None:
         new_avg, new_sq = _rounded_moments(new_avg, new_sq, place)
     exp_avg.copy_(torch.where(apply, new_avg, exp_avg))
     exp_avg_sq.copy_(torch.where(apply, new_sq, exp_avg_sq))
-    if whole:
+    if values is None:
         master.copy_(new)
-        if values is not None:
-            values.copy_(torch.where(apply, round_master(new, values.dtype), values))
+    elif master.dtype.is_floating_point:
+        master.copy_(new)
+        values.copy_(torch.where(apply, round_master(new, values.dtype), values))
     else:
         rounded, remainder = split_master(new)
         values.copy_(rounded)
