@@ -108,8 +108,7 @@ def import_checkpoint(path: Path, out: Path, tp: int = 1, family: Family | None 
             bar.update(box.numel() * box.element_size())
             return box
 
-        step = write_checkpoint(aside, 0, shards, sections, fetch)
-        copy_assets(path, step / ASSETS_NAME)
+        step = write_checkpoint(aside, 0, shards, sections, fetch, assets=path)
     return out / step.name
 
 
@@ -182,6 +181,7 @@ def export_checkpoint(
 
         write_weights(aside, tensors, fetch, int(options.shard_gb * 1e9))
         write_json(aside / "config.json", hf_config)
+        reader.check_assets()
         copy_assets(reader.path / ASSETS_NAME, aside)
         if options.tokenizer is not None:
             copy_assets(options.tokenizer, aside)

@@ -24,6 +24,10 @@ class CheckpointError(TesseraError):
     """A checkpoint that is missing, damaged, incomplete or of another architecture."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files are missing, cut or changed: an older one may serve in its place."""
+
+
 class ConversionError(TesseraError):
     """Hugging Face weights or a config that cannot be mapped exactly."""
 

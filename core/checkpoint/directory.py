@@ -1,7 +1,7 @@
 """Step directories under a save root, published atomically.
 
-root/latest                   names the newest step directory
-root/step_00000100/           index.json, rank_00000.safetensors, ...
+root/latest                   names the newest step directory, with a checksum of the name
+root/step_00000100/           index.json, rank_00000.safetensors, ..., hf/tokenizer.json, ...
 root/.step_00000200.x1.tmp/   a save in progress, or what a killed one left
 root/.step_00000100.old/      a step that is being replaced
 """
@@ -10,10 +10,12 @@ import logging
 import os
 import re
 import shutil
-from pathlib import Path
+import zlib
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 from core.checkpoint.index import INDEX_NAME, Index
-from core.errors import CheckpointError
+from core.errors import CheckpointError, DamagedCheckpointError
 
 LATEST_NAME = "latest"
 POINTER_NAME = ".latest.tmp"
@@ -26,6 +28,10 @@ _LOG = logging.getLogger(__name__)
 def step_name(step: int) -> str:
     """Name of the directory of a step."""
     return f"step_{step:08d}"
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def step_directories(root: Path) -> dict[int, Path]:
@@ -43,32 +49,63 @@ def step_directories(root: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def latest_step(root: Path) -> Path | None:
-    """The step directory that the file `latest` names, whether or not it is still there."""
+def _latest_text(name: str) -> str:
+    return f"{name}\ncrc32 {zlib.crc32(name.encode()):08x}\n"
+
+
+def read_latest(root: Path) -> tuple[Path | None, str | None]:
+    """The step directory that the file `latest` names, whether or not it is still there; and what
+    is wrong with the file, if anything.
+    """
+    file = root / LATEST_NAME
     try:
-        name = (root / LATEST_NAME).read_text(errors="replace").strip()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if _STEP.fullmatch(name):
-        return root / name
-    _LOG.warning("%s does not name a step directory: ignored", root / LATEST_NAME)
-    return None
+        text = file.read_bytes().decode(errors="replace")
+    except OSError as error:
+        return None, f"{file} cannot be read ({error.strerror})"
+    name = text.partition("\n")[0]
+    # The name alone was all that the first versions wrote.
+    if _STEP.fullmatch(name) and text in (_latest_text(name), f"{name}\n"):
+        return root / name, None
+    return None, f"{file} is damaged"
+
+
+def candidates(root: Path) -> tuple[list[Path], str | None]:
+    """Step directories, complete or not, in the order in which a run would start from them: what
+    `latest` names, then from the highest step down. And what is wrong with `latest`, if anything.
+    """
+    steps = step_directories(root)
+    latest, problem = read_latest(root)
+    if latest is None:
+        problem = f"{problem}: the highest step counts as the newest"
+        return list(steps.values()), problem if steps else None
+    newest = steps.pop(_step_of(latest), None)  # under another name while it is being replaced
+    if newest is None:
+        return list(steps.values()), f"{latest}, which {root / LATEST_NAME} names, is missing"
+    return [newest, *steps.values()], None
 
 
 def newest_complete(root: Path) -> Path | None:
-    """The complete checkpoint that `latest` names; failing that the one of the highest step.
+    """The first of the `candidates` whose index and files are there in full; None if there are no
+    candidates. What is damaged on the way is named in a warning.
 
-    A checkpoint passed over because it is damaged is named in a warning.
+    Raises:
+        CheckpointError: none is complete; the error is that of the newest.
     """
-    latest = latest_step(root)
-    others = [path for path in step_directories(root).values() if path != latest]
-    for path in ([latest] if latest is not None else []) + others:
+    paths, problem = candidates(root)
+    if problem is not None:
+        _LOG.warning("%s", problem)
+    first: CheckpointError | None = None
+    for path in paths:
         try:
             Index.read(path)
-        except CheckpointError as error:
-            _LOG.warning("passing over %s: %s", path.name, error)
+        except DamagedCheckpointError as error:
+            first = first or error
+            if len(paths) > 1:
+                _LOG.warning("passing over %s: %s", path.name, error)
         else:
             return path
+    if first is not None:
+        raise first
     return None
 
 
@@ -81,11 +118,16 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(file: IO[Any]) -> None:
+    """Flush an open file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def _write_text(path: Path, text: str) -> None:
     with path.open("w") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
 
 
 def remove_leftovers(root: Path) -> None:
@@ -117,8 +159,10 @@ def publish(root: Path, temporary: Path, index: Index) -> Path:
     _write_text(temporary / INDEX_NAME, index.dump())
     # All that takes space is written before the first rename, so that a full disk changes nothing.
     pointer = root / POINTER_NAME
-    _write_text(pointer, name + "\n")
-    sync_directory(temporary)
+    _write_text(pointer, _latest_text(name))
+    folders = {folder for file in index.files for folder in PurePosixPath(file).parents}
+    for folder in folders:
+        sync_directory(temporary / folder)
     final, aside = root / name, root / f".{name}.old"
     replaced = final.exists()
     if replaced:
@@ -147,7 +191,7 @@ def prune(root: Path, step: int, keep_last: int | None, keep_every: int | None) 
     """
     if keep_last is None:
         return
-    latest = latest_step(root)
+    latest, _ = read_latest(root)
     past = [(at, path) for at, path in step_directories(root).items() if at <= step]
     for at, path in past[keep_last:]:
         if path == latest or (keep_every is not None and at % keep_every == 0):

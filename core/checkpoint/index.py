@@ -11,14 +11,14 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from core.checkpoint.safetensors_io import DTYPE_NAMES, DTYPES
-from core.errors import CheckpointError
+from core.errors import CheckpointError, DamagedCheckpointError
 from core.parallel.sharding import Box, BoxCopy, DeclaredParameter
 
 FORMAT = "tessera-checkpoint"
@@ -95,6 +95,7 @@ class Index:
     step: int
     tensors: Mapping[str, TensorRecord]
     files: Mapping[str, FileRecord]
+    """By path relative to the step directory: those of the ranks, and assets in `hf/`."""
     sections: Mapping[str, Any]
     """JSON of the caller: `config`, `train_state`, `source`."""
     block_size: int
@@ -127,34 +128,42 @@ class Index:
         all files are there in full size.
 
         Raises:
-            CheckpointError: it is absent, damaged, of another format or version, names a path
-                outside the directory, or a file is missing or truncated.
+            DamagedCheckpointError: it is absent or damaged, names a path outside the directory, or
+                a file is missing or truncated.
+            CheckpointError: it is of another version.
         """
         path = directory / INDEX_NAME
         try:
-            content = json.loads(path.read_bytes())
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text)
             if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise CheckpointError(f"{path} is not the index of a Tessera checkpoint")
+                raise DamagedCheckpointError(f"{path} is not the index of a Tessera checkpoint")
+            # Every version begins with these fields and this checksum, so that another version is
+            # told from damage. The text counts too: white space has no part in the checksum.
+            if content.get("crc32") != _checksum(_without(content, "crc32")) or text != json.dumps(
+                content
+            ):
+                raise DamagedCheckpointError(
+                    f"{path} does not match its own checksum: it is damaged"
+                )
             if content["version"] != VERSION:
                 raise CheckpointError(
                     f"{path} has format version {content['version']}, this program reads version "
                     f"{VERSION}: use the version of Tessera that wrote it"
                 )
-            if content.pop("crc32", None) != _checksum(content):
-                raise CheckpointError(f"{path} does not match its own checksum: it is damaged")
             index = _decode(content)
         except OSError as error:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{directory} is not a complete checkpoint: {path} cannot be read ({error})"
             ) from None
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from None
+            raise DamagedCheckpointError(f"{path} is damaged: {error}") from None
         for name, record in index.files.items():
             file = directory / name
             size = file.stat().st_size if file.is_file() else None
             if size != record.size:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise CheckpointError(
+                raise DamagedCheckpointError(
                     f"{file} {found} where {path} describes {record.size} bytes: restore the file "
                     "or use another checkpoint"
                 )
@@ -166,7 +175,7 @@ def _decode(content: dict[str, Any]) -> Index:
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}")
     for name, value in content["files"].items():
-        if PurePath(name).name != name or name in ("", ".", ".."):
+        if not _lies_inside(name):
             raise ValueError(f"{name!r} is not a file name inside the checkpoint")
         files[name] = FileRecord(int(value["size"]), tuple(value["crc32"]))
         if len(value["crc32"]) != -(-files[name].size // block_size):
@@ -182,6 +191,17 @@ def _decode(content: dict[str, Any]) -> Index:
             boxes.append((box, file))
         tensors[name] = TensorRecord(whole.shape, DTYPES[value["dtype"]], tuple(boxes))
     return Index(content["step"], tensors, files, content["sections"], block_size)
+
+
+def _lies_inside(name: str) -> bool:
+    """Whether a file's name is a path below a checkpoint, written in the one way that counts."""
+    path = PurePosixPath(name)
+    plain = path.as_posix() == name and "\\" not in name and "\0" not in name
+    return plain and name != "." and not path.is_absolute() and ".." not in path.parts
+
+
+def _without(content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name != key}
 
 
 def plain_json(value: Any) -> Any:

@@ -3,12 +3,13 @@
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from core.checkpoint.directory import newest_complete, step_directories
+from core.checkpoint.assets import ASSETS_NAME
+from core.checkpoint.directory import newest_complete
 from core.checkpoint.index import (
     INDEX_NAME,
     FileRecord,
@@ -17,9 +18,9 @@ from core.checkpoint.index import (
     TensorRecord,
     uncovered,
 )
+from core.checkpoint.plan import box_key
 from core.checkpoint.safetensors_io import SafetensorsFile
-from core.checkpoint.writer import box_key
-from core.errors import CheckpointError
+from core.errors import CheckpointError, DamagedCheckpointError
 from core.parallel.sharding import Box
 
 
@@ -29,16 +30,20 @@ def open_checkpoint(path: Path) -> "CheckpointReader":
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"checkpoint {path} is not a directory: check the path")
     if (path / INDEX_NAME).is_file():
         return CheckpointReader(path)
-    steps = list(step_directories(path).values())
-    found = newest_complete(path) if len(steps) > 1 else None
-    if found is not None or steps:
-        return CheckpointReader(found or steps[0])
-    raise CheckpointError(
-        f"{path} holds no checkpoint: neither {INDEX_NAME} nor a complete step directory is in it"
+    found = newest_complete(path)
+    if found is None:
+        raise no_checkpoint(path)
+    return CheckpointReader(found)
+
+
+def no_checkpoint(path: Path) -> CheckpointError:
+    """The error for a path that is neither a step directory nor a folder of some."""
+    if not path.is_dir():
+        return CheckpointError(f"checkpoint {path} is not a directory: check the path")
+    return CheckpointError(
+        f"{path} holds no checkpoint: neither {INDEX_NAME} nor a step directory is in it"
     )
 
 
@@ -55,7 +60,7 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.index = Index.read(path)
-        self._files: dict[str, _CheckedFile] = {}
+        self._files: dict[str, _TensorFile] = {}
 
     @property
     def step(self) -> int:
@@ -127,14 +132,26 @@ class CheckpointReader:
             out[common.relative_to(box).slices].copy_(source)
             left = [rest for part in left for rest in uncovered(part, (common,))]
         if left:
-            raise CheckpointError(f"{self.path} is incomplete: it lacks {left[0]} of {name}")
+            raise DamagedCheckpointError(f"{self.path} is incomplete: it lacks {left[0]} of {name}")
 
-    def _file(self, name: str) -> "_CheckedFile":
+    def _file(self, name: str) -> "_TensorFile":
         if name not in self._files:
-            self._files[name] = _CheckedFile(
-                self.path / name, self.index.files[name], self.index.block_size
-            )
+            self._files[name] = _TensorFile(self._blocks(name))
         return self._files[name]
+
+    def _blocks(self, name: str) -> "_CheckedBlocks":
+        return _CheckedBlocks(self.path / name, self.index.files[name], self.index.block_size)
+
+    def check_assets(self) -> None:
+        """Read the assets (`core.checkpoint.assets`) and compare their checksums; those of a
+        checkpoint that was written before they had any are not checked.
+
+        Raises:
+            DamagedCheckpointError: one is damaged.
+        """
+        for name, record in self.index.files.items():
+            if name.startswith(f"{ASSETS_NAME}/"):
+                self._blocks(name).check(0, record.size)
 
     def verify(self) -> None:
         """Read every file in full: all checksums, all headers, and that no tensor has a hole.
@@ -142,24 +159,25 @@ class CheckpointReader:
         Raises:
             CheckpointError: the first damage found.
         """
-        for name in self.index.files:
-            self._file(name).check(0, self.index.files[name].size)
+        self.check_assets()
+        for name in {file for record in self.tensors.values() for _, file in record.boxes}:
+            self._file(name).blocks.check(0, self.index.files[name].size)
         for name, record in self.tensors.items():
             for stored, file in record.boxes:
                 self._file(file).read(box_key(name, stored), stored, record.dtype, stored)
             holes = uncovered(Box.whole(record.shape), (box for box, _ in record.boxes))
             if holes:
-                raise CheckpointError(f"{self.path} is incomplete: it lacks {holes[0]} of {name}")
+                raise DamagedCheckpointError(
+                    f"{self.path} is incomplete: it lacks {holes[0]} of {name}"
+                )
 
 
-class _CheckedFile:
-    """A safetensors file whose blocks are checked before they are used."""
+class _CheckedBlocks:
+    """The blocks of a file, each of which is compared with its checksum once."""
 
     def __init__(self, path: Path, record: FileRecord, block_size: int) -> None:
-        self._path, self._record, self._block_size = path, record, block_size
+        self.path, self._record, self._block_size = path, record, block_size
         self._checked = [False] * len(record.crc32)
-        self._tensors = SafetensorsFile(path)
-        self.check(0, self._tensors.body_start)
 
     def check(self, start: int, stop: int) -> None:
         """Compare the blocks of a byte range with their checksums."""
@@ -169,17 +187,35 @@ class _CheckedFile:
         ]
         if not due:
             return
-        with self._path.open("rb") as file:
-            for block in due:
-                file.seek(block * size)
-                crc = zlib.crc32(file.read(size))
-                if crc != self._record.crc32[block]:
-                    raise CheckpointError(
-                        f"{self._path} is damaged: bytes {block * size} to "
-                        f"{min((block + 1) * size, self._record.size)} do not match their "
-                        "checksum: restore the file or use another checkpoint"
-                    )
-                self._checked[block] = True
+        try:
+            with self.path.open("rb") as file:
+                for block in due:
+                    self._check(file, block)
+        except OSError as error:
+            raise DamagedCheckpointError(
+                f"{self.path} cannot be read ({error.strerror}): restore the file or use another "
+                "checkpoint"
+            ) from error
+
+    def _check(self, file: IO[bytes], block: int) -> None:
+        size = self._block_size
+        file.seek(block * size)
+        if zlib.crc32(file.read(size)) != self._record.crc32[block]:
+            raise DamagedCheckpointError(
+                f"{self.path} is damaged: bytes {block * size} to "
+                f"{min((block + 1) * size, self._record.size)} do not match their checksum: "
+                "restore the file or use another checkpoint"
+            )
+        self._checked[block] = True
+
+
+class _TensorFile:
+    """A safetensors file whose blocks are checked before they are used."""
+
+    def __init__(self, blocks: _CheckedBlocks) -> None:
+        self.blocks = blocks
+        self._tensors = SafetensorsFile(blocks.path, DamagedCheckpointError)
+        blocks.check(0, self._tensors.body_start)
 
     def read(self, key: str, stored: Box, dtype: torch.dtype, part: Box) -> Tensor:
         """A view of the file for `part` of the box `stored`; both are boxes of the global
@@ -187,10 +223,10 @@ class _CheckedFile:
         """
         tensors = self._tensors
         if key not in tensors or (tensors.shape(key), tensors.dtype(key)) != (stored.shape, dtype):
-            raise CheckpointError(
-                f"{self._path} does not hold {key} as {dtype} of shape {stored.shape}, as the "
-                "index says: the files are of two checkpoints"
+            raise DamagedCheckpointError(
+                f"{self.blocks.path} does not hold {key} as {dtype} of shape {stored.shape}, as "
+                "the index says: the files are of two checkpoints"
             )
         inside = part.relative_to(stored)
-        self.check(*tensors.span(key, inside))
+        self.blocks.check(*tensors.span(key, inside))
         return tensors.read(key, inside)

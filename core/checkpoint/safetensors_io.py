@@ -135,6 +135,24 @@ class SafetensorsWriter:
             self._put(piece)
         self._left -= size
 
+    def write_bodies(self, bodies: Tensor) -> None:
+        """Write all tensors at once, in few large pieces.
+
+        Args:
+            bodies: flat uint8 on the CPU, the tensors as they follow each other in the file.
+
+        Raises:
+            ValueError: something was written before, or the size is not the header's.
+        """
+        due = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self._pending)
+        if self._current[0] or bodies.dtype != torch.uint8 or bodies.shape != (due,):
+            raise ValueError(
+                f"{self._path}: got {bodies.dtype} {tuple(bodies.shape)} where {due} bytes are due"
+            )
+        for piece in _pieces(bodies):
+            self._put(piece)
+        self._pending.clear()
+
     def _discard(self) -> None:
         try:
             self._file.close()

@@ -1,38 +1,31 @@
-"""Saving: every distinct box of a global tensor is written once, by one of its holders.
-
-A save is a plan (who writes which box; the only step that needs all ranks' descriptions), one file
-per writing rank (no communication, so it may run in the background), and a publication by rank 0.
+"""Writing the files of a checkpoint: one per rank that owns boxes, and the assets. Nothing here
+communicates.
 """
 
 import shutil
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
-from core.checkpoint.assets import ASSETS_NAME, copy_assets
-from core.checkpoint.directory import POINTER_NAME, prune, publish, remove_leftovers, step_name
-from core.checkpoint.index import (
-    BLOCK_SIZE,
-    FileRecord,
-    Index,
-    SavedTensor,
-    TensorRecord,
-    plain_json,
-    uncovered,
+from core.checkpoint.assets import ASSETS_NAME, collect_assets
+from core.checkpoint.directory import (
+    POINTER_NAME,
+    publish,
+    remove_leftovers,
+    step_name,
+    sync_file,
 )
+from core.checkpoint.index import BLOCK_SIZE, FileRecord, Index, SavedTensor, plain_json
+from core.checkpoint.plan import OwnedBox, Plan, RankFile, box_key, claim, make_plan
 from core.checkpoint.safetensors_io import SafetensorsWriter
-from core.errors import CheckpointError, ConfigError, TesseraError
-from core.parallel.context import ParallelContext
-from core.parallel.sharding import Box, BoxCopy
+from core.parallel.sharding import BoxCopy
 
-T = TypeVar("T")
 Fetch = Callable[[SavedTensor, BoxCopy], Tensor]
 """Gives the data of one box; called once for each box that is written, just before."""
 
@@ -42,108 +35,66 @@ def local_slice(saved: SavedTensor, copy: BoxCopy) -> Tensor:
     return saved.tensor[copy.local.slices]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What every rank writes."""
-
-    tensors: Mapping[str, TensorRecord]
-    owned: Sequence[Sequence[tuple[str, Box]]]
-    """By rank, the boxes that it writes."""
+def held_boxes(tensors: Iterable[SavedTensor]) -> dict[OwnedBox, tuple[SavedTensor, BoxCopy]]:
+    """Where each box that a rank holds lies."""
+    return {(saved.name, copy.global_): (saved, copy) for saved in tensors for copy in saved.copies}
 
 
-Claims = Mapping[str, tuple[tuple[int, ...], Any, tuple[Box, ...]]]
-"""What one rank holds: name to global shape, dtype and boxes."""
-
-
-def claim(tensors: Iterable[SavedTensor]) -> Claims:
-    """Describe what this rank holds.
-
-    Raises:
-        ValueError: two tensors have one name.
+class BlockChecksums:
+    """CRC-32 of each block of a stream of bytes, computed by a thread of its own while the bytes
+    are written (zlib releases Python's lock). A context manager.
     """
-    found: dict[str, tuple[tuple[int, ...], Any, tuple[Box, ...]]] = {}
-    for saved in tensors:
-        if saved.name in found:
-            raise ValueError(f"two tensors to save are called {saved.name}")
-        boxes = dict.fromkeys(copy.global_ for copy in saved.copies if copy.global_.numel)
-        found[saved.name] = (tuple(saved.global_shape), saved.tensor.dtype, tuple(boxes))
-    return found
 
-
-def assign_owners(claims: Sequence[Claims]) -> list[list[tuple[str, Box]]]:
-    """Who writes which box: its lowest holder, so of data-parallel replicas the first one."""
-    taken: set[tuple[str, Box]] = set()
-    owned = []
-    for held in claims:
-        boxes = [(name, box) for name, (_, _, boxes) in held.items() for box in boxes]
-        owned.append([key for key in boxes if key not in taken])
-        taken.update(boxes)
-    return owned
-
-
-def make_plan(claims: Sequence[Claims]) -> Plan:
-    """Plan a save from what all ranks hold. Every rank that calls this gets the same plan.
-
-    Raises:
-        CheckpointError: the ranks do not agree on a tensor's shape or dtype, or part of a tensor is
-            held by none.
-    """
-    owned = assign_owners(claims)
-    kinds: dict[str, tuple[tuple[int, ...], Any]] = {}
-    boxes: dict[str, list[tuple[Box, str]]] = {}
-    for rank, held in enumerate(claims):
-        for name, (shape, dtype, _) in held.items():
-            if kinds.setdefault(name, (shape, dtype)) != (shape, dtype):
-                raise CheckpointError(
-                    f"cannot save {name}: it is {(shape, dtype)} on rank {rank} and {kinds[name]} "
-                    "on a lower one"
-                )
-        for name, box in owned[rank]:
-            boxes.setdefault(name, []).append((box, _file_name(rank)))
-    tensors = {}
-    for name, (shape, dtype) in kinds.items():
-        stored = sorted(boxes.get(name, ()))
-        holes = uncovered(Box.whole(shape), (box for box, _ in stored))
-        if holes:
-            raise CheckpointError(f"cannot save {name} of shape {shape}: no rank holds {holes[0]}")
-        tensors[name] = TensorRecord(shape, dtype, tuple(stored))
-    return Plan(tensors, owned)
-
-
-def _file_name(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
-
-
-def box_key(name: str, box: Box) -> str:
-    """Key of a box in a file: the name and where the box starts in the global tensor."""
-    return f"{name}@{','.join(map(str, box.start))}"
-
-
-class _BlockChecksums:
-    """CRC-32 of each block of a stream of bytes."""
+    _AHEAD = 2  # pieces that wait for their checksum: they are kept in memory that long
 
     def __init__(self) -> None:
-        self.size = 0
-        self.crc32: list[int] = []
+        self._size = 0
+        self._crc32: list[int] = []
+        self._worker = ThreadPoolExecutor(1, "checksums")
+        self._due: list[Future[None]] = []
 
     def update(self, data: memoryview) -> None:
+        """Take the next bytes, which must not change until `record` has returned."""
+        self._due.append(self._worker.submit(self._add, data))
+        if len(self._due) > self._AHEAD:
+            self._due.pop(0).result()
+
+    def record(self) -> FileRecord:
+        """Size and checksums of all bytes so far."""
+        while self._due:
+            self._due.pop(0).result()
+        return FileRecord(self._size, tuple(self._crc32))
+
+    def _add(self, data: memoryview) -> None:
         while data:
-            at = self.size % BLOCK_SIZE
+            at = self._size % BLOCK_SIZE
             part, data = data[: BLOCK_SIZE - at], data[BLOCK_SIZE - at :]
             if at == 0:
-                self.crc32.append(0)
-            self.crc32[-1] = zlib.crc32(part, self.crc32[-1])
-            self.size += len(part)
+                self._crc32.append(0)
+            self._crc32[-1] = zlib.crc32(part, self._crc32[-1])
+            self._size += len(part)
+
+    def __enter__(self) -> "BlockChecksums":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.shutdown(cancel_futures=True)
 
 
 def write_rank_file(
     directory: Path,
-    rank: int,
-    plan: Plan,
-    tensors: Iterable[SavedTensor],
+    file: RankFile,
+    source: Iterable[SavedTensor] | Tensor,
     fetch: Fetch = local_slice,
 ) -> dict[str, FileRecord]:
-    """Write and flush the file of one rank, holding one box at a time. No communication.
+    """Write and flush the file of one rank.
+
+    Args:
+        directory: where to.
+        file: what is in it.
+        source: the tensors that the rank holds, of which one box at a time is brought to the host;
+            or the bytes of all boxes as they lie in the file, a flat uint8 tensor.
+        fetch: supplies each box of the tensors.
 
     Returns:
         The file's name and record; nothing for a rank that writes no box.
@@ -151,160 +102,48 @@ def write_rank_file(
     Raises:
         OSError: the file cannot be written; it is then removed.
     """
-    where = {
-        (saved.name, copy.global_): (saved, copy) for saved in tensors for copy in saved.copies
-    }
-    # Bodies of falling item size are aligned.
-    owned = sorted(plan.owned[rank], key=lambda at: -plan.tensors[at[0]].dtype.itemsize)
-    if not owned:
+    if not file.boxes:
         return {}
-    entries = {box_key(name, box): (plan.tensors[name].dtype, box.shape) for name, box in owned}
-    if len(entries) < len(owned):
-        raise ValueError("two overlapping boxes of one tensor start at the same index")
-    checksums = _BlockChecksums()
-    file = directory / _file_name(rank)
-    with SafetensorsWriter(file, entries, on_bytes=checksums.update) as writer:
-        for name, box in owned:
-            writer.write(box_key(name, box), fetch(*where[name, box]))
-    return {file.name: FileRecord(checksums.size, tuple(checksums.crc32))}
+    with BlockChecksums() as checksums:
+        path = directory / file.name
+        with SafetensorsWriter(path, file.entries, on_bytes=checksums.update) as writer:
+            if isinstance(source, Tensor):
+                writer.write_bodies(source)
+            else:
+                where = held_boxes(source)
+                for name, box in file.boxes:
+                    writer.write(box_key(name, box), fetch(*where[name, box]))
+        return {file.name: checksums.record()}
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The ranks of a save: this one's number, and a gather of one object from every rank."""
-
-    rank: int
-    gather: Callable[[Any], list[Any]]
-
-
-def _ranks_of(ctx: ParallelContext) -> Ranks:
-    group, size = ctx.world.group, ctx.world.size
-
-    def gather(value: Any) -> list[Any]:
-        if group is None:
-            return [value]
-        found: list[Any] = [None] * size
-        dist.all_gather_object(found, value, group=group)
-        return found
-
-    return Ranks(ctx.world.rank, gather)
-
-
-def save_checkpoint(
-    root: Path,
-    step: int,
-    tensors: Iterable[SavedTensor],
-    sections: Mapping[str, Any],
-    ctx: ParallelContext,
-    *,
-    keep_last: int | None = None,
-    keep_every: int | None = None,
-    assets: Path | None = None,
-) -> Path:
-    """Save boxes of all ranks as `root/step_<step>` and make it the newest checkpoint.
-
-    Collective over the world: three gathers of small objects. Every rank either returns or raises.
-    A save that fails leaves the checkpoints that were there, and nothing of its own.
-
-    Args:
-        root: the save directory, shared by all machines.
-        step: number of finished training steps.
-        tensors: what this rank holds.
-        sections: JSON to remember (`config`, `train_state`, `source`); rank 0's counts.
-        ctx: the process axes.
-        keep_last: number of newest checkpoints to keep; None keeps all.
-        keep_every: steps that are multiples of this are kept as well.
-        assets: folder of small files that belong to the weights (`core.checkpoint.assets`), to be
-            part of the checkpoint.
+def write_assets(source: Path, directory: Path) -> dict[str, FileRecord]:
+    """Copy the assets of a folder (`core.checkpoint.assets`) into `hf/` of a checkpoint, flushed.
 
     Returns:
-        The step directory.
+        Their names relative to the checkpoint, and records.
 
     Raises:
-        CheckpointError: on every rank, if any rank could not write.
-        ConfigError: `keep_last` or `keep_every` cannot work.
+        OSError: a file cannot be read or written.
     """
-    if keep_last is None and keep_every is not None:
-        raise ConfigError("keep_every does nothing without keep_last: give both or neither")
-    if any(number is not None and number < 1 for number in (keep_last, keep_every)):
-        raise ConfigError(
-            f"keep_last is {keep_last} and keep_every {keep_every}: each must be at least 1"
-        )
-    ranks = _ranks_of(ctx)
-    path = save_from_rank(root, step, tuple(tensors), sections, ranks, assets)
-    if ranks.rank == 0:
-        prune(root, step, keep_last, keep_every)
-    return path
+    records = {}
+    for name in collect_assets(source):
+        target = directory / ASSETS_NAME / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            BlockChecksums() as checksums,
+            (source / name).open("rb") as read,
+            target.open("wb") as write,
+        ):
+            while data := read.read(BLOCK_SIZE):
+                checksums.update(memoryview(data))
+                write.write(data)
+            sync_file(write)
+            records[f"{ASSETS_NAME}/{name}"] = checksums.record()
+    return records
 
 
-def save_from_rank(
-    root: Path,
-    step: int,
-    tensors: Sequence[SavedTensor],
-    sections: Mapping[str, Any],
-    ranks: Ranks,
-    assets: Path | None = None,
-) -> Path:
-    """The part of one rank in `save_checkpoint`, with the collectives given as a function."""
-
-    def describe() -> tuple[Claims, Any, str]:
-        if ranks.rank == 0:
-            remove_leftovers(root)
-        # A name of its own for every save: ranks can never mix files of two.
-        return claim(tensors), plain_json(sections), uuid.uuid4().hex[:8]
-
-    held = _agree(describe, root, step, ranks)
-    _, content, token = held[0]
-    plan = make_plan([claims for claims, _, _ in held])
-    temporary = root / f".{step_name(step)}.{token}.tmp"
-    try:
-
-        def write() -> dict[str, FileRecord]:
-            temporary.mkdir(parents=True, exist_ok=True)
-            return write_rank_file(temporary, ranks.rank, plan, tensors)
-
-        written = _agree(write, root, step, ranks)
-        files = {name: record for part in written for name, record in part.items()}
-        index = Index(step, plan.tensors, files, content, BLOCK_SIZE)
-
-        def finish() -> None:
-            if ranks.rank == 0:
-                if assets is not None:
-                    copy_assets(assets, temporary / ASSETS_NAME)
-                publish(root, temporary, index)
-
-        _agree(finish, root, step, ranks)
-    except BaseException:
-        if ranks.rank == 0:
-            _clean(root, temporary)
-        raise
-    return root / step_name(step)
-
-
-def _agree(work: Callable[[], T], root: Path, step: int, ranks: Ranks) -> list[T]:
-    """Do a rank's work, then gather all results; an error of one rank is raised on all."""
-    result: T | None = None
-    cause: Exception | None = None
-    try:
-        result = work()
-    except Exception as error:
-        cause = error
-    outcomes = ranks.gather((result, None if cause is None else _describe(cause)))
-    for rank, (_, reason) in enumerate(outcomes):
-        if reason is not None:
-            raise CheckpointError(
-                f"{root / step_name(step)} was not saved, rank {rank} failed: {reason}"
-            ) from cause
-    return [result for result, _ in outcomes]
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return f"'{error.strerror or error}': free disk space or choose another save directory"
-    return str(error) if isinstance(error, TesseraError) else f"{type(error).__name__}: {error}"
-
-
-def _clean(root: Path, temporary: Path) -> None:
+def remove_attempt(root: Path, temporary: Path) -> None:
+    """Remove what a save that failed has written."""
     shutil.rmtree(temporary, ignore_errors=True)
     with suppress(OSError):  # the failure that led here is the one to report
         (root / POINTER_NAME).unlink()
@@ -314,8 +153,10 @@ def write_checkpoint(
     root: Path,
     step: int,
     shards: Sequence[Sequence[SavedTensor]],
-    sections: Mapping[str, Any],
+    sections: Any,
     fetch: Fetch = local_slice,
+    *,
+    assets: Path | None = None,
 ) -> Path:
     """Save the files of several ranks from one process, as a conversion does. No communication.
 
@@ -325,6 +166,7 @@ def write_checkpoint(
         shards: for every rank to be, what it would hold; tensors may be on the meta device.
         sections: JSON to remember.
         fetch: supplies each box when its turn comes, so that only one is in memory.
+        assets: folder of small files that belong to the weights, to be part of the checkpoint.
 
     Returns:
         The step directory.
@@ -335,14 +177,16 @@ def write_checkpoint(
     """
     sections = plain_json(sections)
     remove_leftovers(root)
-    plan = make_plan([claim(tensors) for tensors in shards])
+    plan: Plan = make_plan([claim(tensors) for tensors in shards])
     temporary = root / f".{step_name(step)}.{uuid.uuid4().hex[:8]}.tmp"
     files: dict[str, FileRecord] = {}
     try:
         temporary.mkdir(parents=True)
-        for rank, tensors in enumerate(shards):
-            files |= write_rank_file(temporary, rank, plan, tensors, fetch)
+        for file, tensors in zip(plan.files, shards, strict=True):
+            files |= write_rank_file(temporary, file, tensors, fetch)
+        if assets is not None:
+            files |= write_assets(assets, temporary)
         return publish(root, temporary, Index(step, plan.tensors, files, sections, BLOCK_SIZE))
     except BaseException:
-        _clean(root, temporary)
+        remove_attempt(root, temporary)
         raise

@@ -52,6 +52,9 @@ class TrainConfig:
     """Checkpoints kept, the newest; 0 keeps all."""
     keep_every: int = 0
     """Checkpoints at multiples of this many steps are kept beside them; 0 for none."""
+    async_save: bool = True
+    """Write the checkpoints of save_interval in the background, from a copy in host memory as large
+    as what this rank writes; those that end a run are waited for."""
     exit_at_step: int | None = None
     """Save and exit with status 0 after this step; schedules still run over all `steps`, so the
     same command without it goes on."""
@@ -168,6 +171,14 @@ def _kept_checkpoints_exist(config: TrainConfig) -> None:
         )
 
 
+def _saving_in_the_background_has_something_to_do(config: TrainConfig) -> None:
+    if not config.async_save and not config.save_interval:
+        raise ConfigError(
+            "--train.no-async-save does nothing without --train.save-interval, as the save at the "
+            "end is waited for in any case: leave it out"
+        )
+
+
 def _evaluation_knobs_do_something(config: TrainConfig) -> None:
     if config.eval_interval == 0 and config.eval_steps != TrainConfig().eval_steps:
         raise ConfigError(
@@ -185,6 +196,7 @@ TRAIN_RULES = (
     _numbers_are_possible,
     _ramp_reaches_the_batch,
     _kept_checkpoints_exist,
+    _saving_in_the_background_has_something_to_do,
     _evaluation_knobs_do_something,
     _trackers_are_named_once,
 )

@@ -315,6 +315,7 @@ class Reporter:
     _since: DeviceMark = field(init=False)
     _steps: int = field(default=0, init=False)
     _tokens: int = field(default=0, init=False)
+    _save_seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self._since = DeviceMark(self.device)
@@ -328,6 +329,13 @@ class Reporter:
         """Forget the time since the last row: an evaluation or a save is no training."""
         self._since, self._steps, self._tokens = DeviceMark(self.device), 0, 0
 
+    def saved(self, name: str, seconds: float) -> None:
+        """A checkpoint was written, or copied to be written in the background: training stood still
+        for so long. The next row says so too, as `save_seconds`.
+        """
+        self.console.say(f"checkpoint {name} | training waited {seconds:.2f} s")
+        self._save_seconds += seconds
+
     def step(self, done: FinishedStep, values: Mapping[str, float] | None) -> None:
         """Take a finished step, and its metrics at log intervals."""
         self._steps, self._tokens = self._steps + 1, self._tokens + done.tokens
@@ -337,6 +345,8 @@ class Reporter:
         seconds = done.mark.seconds_since(self._since)
         row = {**values, **self.throughput.rates(self._tokens, seconds, self._steps)}
         row["memory_gib"] = peak_memory_gib(self.device)
+        if self._save_seconds:
+            row["save_seconds"], self._save_seconds = self._save_seconds, 0.0
         left = remaining(row["step_seconds"], self.console.total_steps - done.step)
         self.console.advance(done.step, f"{summarize(row)} | {left}")
         self._log(done.step, row)

@@ -5,37 +5,39 @@ weights of --init-from, then random weights.
 """
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from core.checkpoint.assets import ASSETS_NAME, copy_assets
-from core.checkpoint.directory import step_directories, step_name
+from core.checkpoint.directory import candidates, step_name
 from core.checkpoint.index import (
-    SavedTensor,
+    INDEX_NAME,
     check_compatible,
-    model_key,
-    optim_key,
     saved_parameters,
 )
-from core.checkpoint.reader import CheckpointReader, open_checkpoint
-from core.checkpoint.writer import save_checkpoint
+from core.checkpoint.reader import CheckpointReader, no_checkpoint
+from core.checkpoint.saver import CheckpointSaver
 from core.config.loading import to_toml
 from core.config.run import RunConfig
 from core.data_parallel.regions import DataParallel
-from core.errors import CheckpointError
+from core.errors import CheckpointError, DamagedCheckpointError
 from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext
 from core.parallel.placement import initialize_parameters
 from core.parallel.sharding import DeclaredParameter
+from core.training.saved_state import load_parameters, load_state, saved_state
 from core.training.task import TrainTask
 
 CONFIG_FILE = "run.toml"
+T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -52,22 +54,58 @@ class Position:
     """Of these, the last in a row."""
 
 
-def find_checkpoint(config: RunConfig[Any]) -> CheckpointReader | None:
-    """The checkpoint that a run starts from, if any; reads indices only.
+def start_candidates(config: RunConfig[Any]) -> tuple[list[Path], str | None]:
+    """Step directories that a run may start from, the first that is not damaged counting; and what
+    is wrong with the file `latest`, if anything. A step directory that is named stands alone.
 
     Raises:
-        CheckpointError: `--load` names none, all in `--save` are damaged, or the checkpoint is of
-            another architecture.
+        CheckpointError: there is none in `--load`.
     """
-    if config.save is not None and step_directories(Path(config.save)):
-        # Were all of them passed over, the run would start again and write over what is left.
-        reader = open_checkpoint(Path(config.save))
-    elif config.load is not None:
-        reader = open_checkpoint(Path(config.load))
-    else:
-        return None
+    if config.save is not None:
+        # Were all of these damaged, the run must not start again and write over what is left.
+        found, problem = candidates(Path(config.save))
+        if found:
+            return found, problem
+    if config.load is None:
+        return [], None
+    load = Path(config.load)
+    if (load / INDEX_NAME).is_file():
+        return [load], None
+    found, problem = candidates(load)
+    if not found:
+        raise no_checkpoint(load)
+    return found, problem
+
+
+def open_compatible(path: Path, config: RunConfig[Any]) -> CheckpointReader:
+    """Open a step directory for a run.
+
+    Raises:
+        DamagedCheckpointError: it is damaged.
+        CheckpointError: it is of another architecture.
+    """
+    reader = CheckpointReader(path)
     check_compatible(reader.sections.get("config", {}), config.model, str(reader.path))
     return reader
+
+
+def find_checkpoint(config: RunConfig[Any]) -> CheckpointReader | None:
+    """The checkpoint that a run would start from, if any, by its index alone: `RunState.start`,
+    which reads the data, may have to take an older one, and says so.
+
+    Raises:
+        CheckpointError: `--load` names none, all are damaged, or the first that is not is of
+            another architecture.
+    """
+    damaged: CheckpointError | None = None
+    for path in start_candidates(config)[0]:
+        try:
+            return open_compatible(path, config)
+        except DamagedCheckpointError as error:
+            damaged = damaged or error
+    if damaged is not None:
+        raise damaged
+    return None
 
 
 @dataclass
@@ -84,6 +122,7 @@ class RunState:
     """What is remembered of the Hugging Face weights that training began with."""
     _saved_step: int | None = None
     _loaded_assets: Path | None = None
+    _saver: CheckpointSaver | None = None
 
     @property
     def parameters(self) -> dict[str, DeclaredParameter]:
@@ -93,17 +132,17 @@ class RunState:
     def start(self) -> str:
         """Fill parameters and optimizer state; returns a line that says from what.
 
-        Collective over the world: the ranks compare which checkpoint they see.
+        Collective over the world: the ranks compare which checkpoints they see, and whether each
+        could load its part. Of a folder with several checkpoints, one that is damaged for any rank
+        is passed over by all, with a warning; a step directory that is named never is.
 
         Raises:
-            CheckpointError: a checkpoint that is damaged, of another architecture, or not the same
+            CheckpointError: no checkpoint is intact, or one is of another architecture or not there
                 for all ranks.
             ConversionError: Hugging Face weights that do not fit.
         """
-        reader = find_checkpoint(self.config)
-        self._agree_on(reader)
+        reader = self._load_first_intact()
         if reader is not None:
-            self._load(reader)
             return f"going on from {reader.path} at step {self.position.step}"
         if self.config.init_from is not None:
             self.source = dict(
@@ -116,21 +155,19 @@ class RunState:
         return f"starting from random weights, seed {self.config.train.seed}"
 
     def save(self) -> Path | None:
-        """Write a checkpoint of this step unless there is one; returns its directory.
+        """Save this step unless that is done; returns the directory. With `async_save` the rest is
+        done in the background: see `poll_saving` and `finish_saving`.
 
         Collective over the world. None without --save.
 
         Raises:
-            CheckpointError: on every rank, if one could not write.
+            CheckpointError: on every rank, if one could not write, now or at the save before.
         """
         if self.config.save is None or self._saved_step == self.position.step:
             return None
-        train = self.config.train
         self.data_parallel.wait_for_parameters()
-        path = save_checkpoint(
-            Path(self.config.save),
+        path = self._get_saver(Path(self.config.save)).save(
             self.position.step,
-            [*saved_parameters(self.parameters), *self._optimizer_tensors()],
             {
                 "family": self.task.family,
                 "config": self.task.model_config,
@@ -141,13 +178,59 @@ class RunState:
                     "optimizer": self.optimizer.state_dict(),
                 },
             },
-            self.ctx,
-            keep_last=train.keep_last or None,
-            keep_every=train.keep_every or None,
-            assets=Path(self.config.save) / ASSETS_NAME,
         )
         self._saved_step = self.position.step
         return path
+
+    def prepare_saving(self) -> None:
+        """Do what saves need once, memory above all. Collective over the world.
+
+        Raises:
+            CheckpointError: it cannot be done.
+        """
+        if self.config.save is not None:
+            self._get_saver(Path(self.config.save)).prepare()
+
+    def poll_saving(self) -> None:
+        """Look whether a save in the background has failed; cheap, no communication.
+
+        Raises:
+            CheckpointError: it has.
+        """
+        if self._saver is not None:
+            self._saver.poll()
+
+    def finish_saving(self) -> None:
+        """Wait for a save in the background. Collective over the world.
+
+        Raises:
+            CheckpointError: on every rank, if it failed on one.
+        """
+        if self._saver is not None:
+            self._saver.wait()
+
+    def close_saving(self, seconds: float = 0.0) -> None:
+        """Give memory back, once a save in the background is done or these seconds are over. No
+        communication: a run that fails may still get the checkpoint that it was writing.
+        """
+        if self._saver is not None:
+            self._saver.close(seconds)
+
+    def _get_saver(self, folder: Path) -> CheckpointSaver:
+        if self._saver is None:
+            train = self.config.train
+            self._saver = CheckpointSaver(
+                folder,
+                [*saved_parameters(self.parameters), *saved_state(self.optimizer.state_tensors())],
+                self.ctx,
+                keep_last=train.keep_last or None,
+                keep_every=train.keep_every or None,
+                assets=folder / ASSETS_NAME,
+                # The save that ends a run is waited for: alone it needs no staging.
+                asynchronous=train.async_save and train.save_interval > 0,
+                timeout=train.hang_timeout_seconds or None,
+            )
+        return self._saver
 
     def write_companions(self) -> None:
         """Leave beside the checkpoints what does not change: the run's configuration, and in `hf/`
@@ -173,63 +256,88 @@ class RunState:
                 if assets is not None and Path(assets).is_dir() and Path(assets).resolve() != own:
                     copy_assets(Path(assets), own)
 
-    def _agree_on(self, reader: CheckpointReader | None) -> None:
-        """Ranks that start from different steps would train a mixture of two models."""
-        own = None if reader is None else str(reader.path)
+    def _gather(self, value: T) -> list[T]:
         if self.ctx.world.group is None:
-            return
-        seen: list[str | None] = [None] * self.ctx.world.size
-        dist.all_gather_object(seen, own, group=self.ctx.world.group)
-        for rank, other in enumerate(seen):
-            if other != seen[0]:
+            return [value]
+        found: list[Any] = [None] * self.ctx.world.size
+        dist.all_gather_object(found, value, group=self.ctx.world.group)
+        return found
+
+    def _load_first_intact(self) -> CheckpointReader | None:
+        """Load the newest checkpoint that no rank finds damaged; None if there is no checkpoint."""
+        paths = self._agree_on_candidates()
+        newest: CheckpointError | None = None
+        for path in paths:
+            reader: CheckpointReader | None = None
+            own: CheckpointError | None = None
+            try:
+                reader = open_compatible(path, self.config)
+                self._load(reader)
+            except CheckpointError as error:
+                own = error
+            found = [error for error in self._gather(own) if error is not None]
+            for other in found:
+                if not isinstance(other, DamagedCheckpointError):
+                    raise other
+            if reader is not None and not found:
+                self._take_over(reader)
+                return reader
+            newest = newest or found[0]
+            if len(paths) > 1:
+                self._warn(f"passing over {path.name}: {found[0]}")
+        if newest is not None:
+            raise newest
+        return None
+
+    def _agree_on_candidates(self) -> list[Path]:
+        """Ranks that start from different steps would train a mixture of two models."""
+        paths, problem = start_candidates(self.config)
+        if problem is not None:
+            self._warn(problem)
+        seen = self._gather([str(path) for path in paths])
+        for rank, others in enumerate(seen):
+            if others[:1] != seen[0][:1]:
                 raise CheckpointError(
-                    f"rank 0 would start from {seen[0] or 'no checkpoint'}, rank {rank} from "
-                    f"{other or 'none'}: --save and --load must be folders that all machines share"
+                    f"rank 0 would start from {(*seen[0], 'no checkpoint')[0]}, rank {rank} from "
+                    f"{(*others, 'none')[0]}: --save and --load must be folders that all machines "
+                    "share"
                 )
+        return [path for path in paths if all(str(path) in others for others in seen)]
+
+    def _warn(self, sentence: str) -> None:
+        if self.ctx.world.rank == 0:
+            _LOG.warning("%s", sentence)
 
     def _load(self, reader: CheckpointReader) -> None:
+        """Fill tensors, and nothing else: another rank may find its part damaged, and then the next
+        checkpoint must be able to fill all of them again.
+        """
+        if self.ctx.world.rank == 0:  # which hands them on
+            reader.check_assets()
+        remainder = self.config.precision.master_weights == "remainder"
+        load_parameters(reader, saved_parameters(self.parameters), remainder=remainder)
+        if reader.sections.get("train_state") is not None:
+            load_state(reader, self.optimizer.state_tensors())
+            return
+        # Weights alone, as converters import writes them.
+        for state in self.optimizer.state_tensors():
+            state.tensor.zero_()
+
+    def _take_over(self, reader: CheckpointReader) -> None:
+        """What a loaded checkpoint says beside its tensors."""
         self.source = reader.sections.get("source") or {}
         assets = reader.path / ASSETS_NAME
         self._loaded_assets = assets if assets.is_dir() else None
-        # Another precision than the checkpoint's is fine: from its masters, if it has any.
-        stored = reader.tensors
-        parameters = [
-            dataclasses.replace(saved, name=master)
-            if (master := optim_key("master", name)) in stored
-            and stored[saved.name].dtype != saved.tensor.dtype
-            else saved
-            for name, saved in zip(self.parameters, saved_parameters(self.parameters), strict=True)
-        ]
-        reader.load(parameters, convert=True)
         state = reader.sections.get("train_state")
-        if state is None:  # weights alone, as converters import writes them
+        if state is None:
             self.optimizer.adamw.refresh_master_from_parameters()
             return
-        masters = optim_key("master", "")
-        tensors = [
-            dataclasses.replace(saved, name=model_key(saved.name.removeprefix(masters)))
-            if saved.name.startswith(masters) and saved.name not in stored
-            else saved
-            for saved in self._optimizer_tensors()
-        ]
-        reader.load(tensors, convert=True)
         self.optimizer.load_state_dict(state["optimizer"])
         names = [field.name for field in dataclasses.fields(Position)]
         self.position = Position(**{name: state[name] for name in names})
         if self.config.save is not None:
             own = Path(self.config.save) / step_name(self.position.step)
             self._saved_step = self.position.step if reader.path == own else None
-
-    def _optimizer_tensors(self) -> list[SavedTensor]:
-        return [
-            SavedTensor(
-                optim_key(state.name, state.fragment.name),
-                state.fragment.global_shape,
-                state.fragment.copies,
-                state.tensor,
-            )
-            for state in self.optimizer.state_tensors()
-        ]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ later.
 import gc
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -60,6 +61,9 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+_LAST_SAVE_SECONDS = 30.0
+"""How long a run that fails goes on writing the checkpoint that it has begun."""
 
 
 @dataclass(frozen=True)
@@ -173,12 +177,20 @@ class Trainer:
             self._reporter.console.say(f"nothing to do: step {position.step} is the last")
             return position.step >= train.steps
         self.state.write_companions()
+        self.state.prepare_saving()
         self._reporter.trackers = self._open_trackers()
         with self._stop, controlled_garbage_collection(train.gc_interval):
             self._watchdog.start()
             self._reporter.start(position.step)
             try:
-                return self._train()
+                done = self._train()
+                self.state.close_saving()
+                return done
+            except Exception:
+                # What was saved last is nearly a checkpoint. The watchdog still looks: if another
+                # rank has failed, it does not wait that long.
+                self.state.close_saving(_LAST_SAVE_SECONDS)
+                raise
             finally:
                 self._watchdog.stop()
                 self._reporter.close()
@@ -253,6 +265,7 @@ class Trainer:
     def _border(self, *, last: bool, stopping: bool) -> bool:
         """Evaluate and save where it is time; returns whether the run stops here."""
         train, step = self.config.train, self.state.position.step
+        self.state.poll_saving()
         evaluates = train.eval_interval and (last or step % train.eval_interval == 0)
         saves = train.save_interval and step % train.save_interval == 0
         exits = step == train.exit_at_step
@@ -267,8 +280,7 @@ class Trainer:
         stopping = stopping or exits
         if saves or last or stopping:
             self._watchdog.beat(step, "saving")
-            path = self.state.save()
-            self._reporter.pause_over()
+            path = self._save(wait=last or stopping)
             if stopping:
                 asked = "--train.exit-at-step" if exits else "another rank was asked to"
                 reason = self._stop.reason or asked
@@ -277,6 +289,17 @@ class Trainer:
         if train.gc_interval and step % train.gc_interval == 0:
             gc.collect()
         return stopping
+
+    def _save(self, *, wait: bool) -> Path | None:
+        """Save this step unless that is done; returns its directory."""
+        begin = time.perf_counter()
+        path = self.state.save()
+        if wait:
+            self.state.finish_saving()
+        if path is not None:
+            self._reporter.saved(path.name, time.perf_counter() - begin)
+        self._reporter.pause_over()
+        return path
 
     def _read(self, report: PendingReport | None) -> bool:
         """Look at a finished step; returns whether a rank wants to stop.

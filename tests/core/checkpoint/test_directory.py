@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 
 from core.checkpoint.directory import (
-    latest_step,
     newest_complete,
     prune,
     publish,
+    read_latest,
     remove_leftovers,
     step_directories,
     step_name,
@@ -34,7 +34,8 @@ def test_publish_moves_latest_and_replaces_the_same_step(tmp_path: Path) -> None
     assert newest_complete(tmp_path / "absent") is None
     assert put(tmp_path, 5) == tmp_path / "step_00000005"
     assert put(tmp_path, 123456789).name == "step_123456789"
-    assert put(tmp_path, 5, size=20) == newest_complete(tmp_path) == latest_step(tmp_path)
+    assert put(tmp_path, 5, size=20) == newest_complete(tmp_path)
+    assert read_latest(tmp_path) == (tmp_path / "step_00000005", None)
     assert names(tmp_path) == ["latest", "step_00000005", "step_123456789"]
     assert (tmp_path / "step_00000005" / FILE).stat().st_size == 20
     assert list(step_directories(tmp_path)) == [123456789, 5]

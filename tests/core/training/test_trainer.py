@@ -12,7 +12,7 @@ from torch import Tensor
 from core.checkpoint.assets import ASSETS_NAME
 from core.checkpoint.index import saved_parameters
 from core.checkpoint.reader import open_checkpoint
-from core.checkpoint.writer import save_checkpoint
+from core.checkpoint.saver import save_checkpoint
 from core.config.parallel import ParallelConfig
 from core.config.precision import PrecisionConfig
 from core.config.run import RunConfig
