@@ -200,7 +200,7 @@ def load_into(
             )
     check_model(source.plan, parameters)
     for name, declared in parameters.items():
-        data = declared.parameter.data
+        data = declared.local
         for copy in declared.sharding.copies:
             _fill(source, name, copy.global_, data[copy.local.slices])
     return source.remembered()

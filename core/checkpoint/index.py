@@ -59,7 +59,7 @@ def saved_parameters(parameters: Mapping[str, DeclaredParameter]) -> list[SavedT
             model_key(name),
             declared.sharding.global_shape,
             declared.sharding.copies,
-            declared.parameter.data,
+            declared.local,
         )
         for name, declared in parameters.items()
     ]

@@ -40,14 +40,16 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Cut activations between tensor-parallel regions along the sequence (Korthikanti et al.,
     2022); needs tp > 1."""
-    data_parallel: Literal["zero1", "replicated"] = "zero1"
+    data_parallel: Literal["zero1", "fsdp2", "replicated"] = "zero1"
     """What data-parallel ranks share out. zero1: optimizer state (Rajbhandari et al., "ZeRO",
-    2020); replicated: nothing."""
+    2020); fsdp2: fp32 parameters and gradients too (torch's `fully_shard`), which takes the least
+    memory and gathers every layer twice a microbatch; replicated: nothing."""
     bucket_mib: int = 100
-    """Size of a gradient bucket, in MiB of fp32: what one data-parallel reduction sums."""
+    """zero1 and replicated: size of a gradient bucket, in MiB of fp32, which is what one reduction
+    sums."""
     overlap_grad_reduce: bool = True
-    """Start a bucket's reduction as soon as its gradients are complete, under the rest of the
-    backward pass."""
+    """zero1 and replicated: start a bucket's reduction as soon as its gradients are complete, under
+    the rest of the backward pass."""
     overlap_param_gather: bool = True
     """zero1: gather updated parameters under the next forward pass."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
@@ -99,12 +101,27 @@ def _sequence_parallel_needs_tp(config: ParallelConfig) -> None:
         )
 
 
-def _data_parallel_knobs_do_something(config: ParallelConfig) -> None:
-    if config.data_parallel != "zero1" and not config.overlap_param_gather:
+def _fsdp2_has_one_stage(config: ParallelConfig) -> None:
+    if config.data_parallel == "fsdp2" and config.pp > 1:
         raise ConfigError(
-            "--parallel.no-overlap-param-gather does nothing with --parallel.data-parallel "
-            f"{config.data_parallel}: leave it out"
+            f"--parallel.data-parallel fsdp2 with --parallel.pp {config.pp} would gather every "
+            "layer once more for each microbatch of the pipeline: use zero1 or pp 1"
         )
+
+
+def _data_parallel_knobs_do_something(config: ParallelConfig) -> None:
+    bucketed = ("zero1", "replicated")
+    for name, option, modes in (
+        ("bucket_mib", f"bucket-mib {config.bucket_mib}", bucketed),
+        ("overlap_grad_reduce", "no-overlap-grad-reduce", bucketed),
+        ("overlap_param_gather", "no-overlap-param-gather", ("zero1",)),
+    ):
+        is_default = getattr(config, name) == getattr(ParallelConfig, name)
+        if config.data_parallel not in modes and not is_default:
+            raise ConfigError(
+                f"--parallel.{option} does nothing with --parallel.data-parallel "
+                f"{config.data_parallel}: leave it out"
+            )
 
 
 def _recompute_knobs_do_something(config: ParallelConfig) -> None:
@@ -136,6 +153,7 @@ def _recompute_knobs_do_something(config: ParallelConfig) -> None:
 
 PARALLEL_RULES = (
     _sizes_are_positive,
+    _fsdp2_has_one_stage,
     _axes_are_built,
     _sequence_parallel_needs_tp,
     _data_parallel_knobs_do_something,

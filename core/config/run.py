@@ -102,6 +102,14 @@ def _evaluation_has_data(config: RunConfig[Any]) -> None:
         )
 
 
+def _master_weights_are_kept(config: RunConfig[Any]) -> None:
+    if config.parallel.data_parallel == "fsdp2" and config.precision.master_weights != "full":
+        raise ConfigError(
+            f"--precision.master-weights {config.precision.master_weights} does nothing with "
+            "--parallel.data-parallel fsdp2, whose parameters are fp32 themselves: leave it out"
+        )
+
+
 RUN_RULES = (
     _sequence_fits_model,
     _model_can_be_cut,
@@ -109,6 +117,7 @@ RUN_RULES = (
     _batch_can_be_cut,
     _saving_knobs_have_a_folder,
     _evaluation_has_data,
+    _master_weights_are_kept,
 )
 
 

@@ -35,7 +35,10 @@ def accumulate_rows(weight: nn.Parameter, rows: Tensor, values: Tensor) -> Tenso
     """
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is None:
-        return torch.zeros_like(weight).index_add_(0, rows, values)
+        # In a 16-bit sum the frequent rows would lose most of what is added to them.
+        wide = torch.promote_types(values.dtype, torch.float32)
+        total = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        return total.index_add_(0, rows, values.to(wide)).to(weight.dtype)
     main_grad.index_add_(0, rows, values.to(main_grad.dtype))
     _ready(weight)
     return None

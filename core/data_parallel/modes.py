@@ -1,16 +1,34 @@
 """Which way of data parallelism a configuration asks for."""
 
+import torch
 from torch import nn
 
 from core.config.parallel import ParallelConfig
 from core.data_parallel.buffers import GradBuffers
 from core.data_parallel.regions import DataParallel
 from core.parallel.context import ParallelContext
+from core.parallel.placement import Placement
 from core.parallel.sharding import declared_parameters
 
 
+def model_placement(ctx: ParallelContext, config: ParallelConfig, dtype: torch.dtype) -> Placement:
+    """Where and in which format a model is to be built that `make_data_parallel` is given.
+
+    Args:
+        ctx: the process axes.
+        config: the mode.
+        dtype: format of the computation.
+    """
+    if _is_fully_sharded(ctx, config):
+        return Placement(ctx, torch.promote_types(dtype, torch.float32), torch.device("meta"))
+    return Placement(ctx, dtype, ctx.device)
+
+
 def make_data_parallel(
-    model: nn.Module, ctx: ParallelContext, config: ParallelConfig
+    model: nn.Module,
+    ctx: ParallelContext,
+    config: ParallelConfig,
+    dtype: torch.dtype | None = None,
 ) -> DataParallel:
     """Set a model up for data-parallel training; its parameters move to other storage.
 
@@ -18,7 +36,13 @@ def make_data_parallel(
         model: just built; its sharing groups must have been published.
         ctx: the process axes.
         config: the mode, and its options.
+        dtype: format of the computation; by default that of the parameters.
     """
+    if _is_fully_sharded(ctx, config):
+        from core.data_parallel.fsdp import FullyShardedModel  # torch takes a second to load it
+
+        first = next(model.parameters())
+        return FullyShardedModel(model, ctx, dtype or first.dtype)
     return GradBuffers(
         declared_parameters(model),
         ctx,
@@ -27,3 +51,8 @@ def make_data_parallel(
         overlap_reduce=config.overlap_grad_reduce,
         overlap_gather=config.overlap_param_gather,
     )
+
+
+def _is_fully_sharded(ctx: ParallelContext, config: ParallelConfig) -> bool:
+    """With one data-parallel rank there is nothing to share out, as under ZeRO-1."""
+    return config.data_parallel == "fsdp2" and ctx.dp.size > 1

@@ -273,7 +273,7 @@ def check_copies_agree(parameters: dict[str, DeclaredParameter], ctx: ParallelCo
     """
     digests: dict[tuple[str, Box], bytes] = {}
     for declared, copy in local_boxes(parameters):
-        data = declared.parameter.data[copy.local.slices].reshape(-1).view(torch.uint8).cpu()
+        data = declared.local[copy.local.slices].reshape(-1).view(torch.uint8).cpu()
         digests[declared.sharding.name, copy.global_] = hashlib.blake2b(
             data.numpy().tobytes()
         ).digest()

@@ -25,7 +25,7 @@ def initialize_parameters(parameters: dict[str, DeclaredParameter], seed: int) -
     weights at every layout. No communication.
     """
     for name, declared in parameters.items():
-        data = declared.parameter.data
+        data = declared.local
         for copy in declared.sharding.copies:
             declared.init.fill_(
                 data[copy.local.slices],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from core.errors import ConfigError
 from core.parallel.random import Init
@@ -116,6 +116,13 @@ class DeclaredParameter:
         found = self.module._parameters[self.attribute]
         assert found is not None
         return found
+
+    @property
+    def local(self) -> Tensor:
+        """What `sharding` describes: this rank's tensor, detached, sharing memory with the
+        parameter.
+        """
+        return self.parameter.data
 
 
 def declare_parameter(

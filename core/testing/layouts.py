@@ -48,10 +48,10 @@ def randomize(
     chosen = {name: dataclasses.replace(d, init=init) for name, d in parameters.items()}
     initialize_parameters(chosen, seed)
     for declared in parameters.values():
-        padding = torch.ones_like(declared.parameter, dtype=torch.bool)
+        padding = torch.ones_like(declared.local, dtype=torch.bool)
         for copy in declared.sharding.copies:
             padding[copy.local.slices] = False
-        declared.parameter.data[padding] = PADDING
+        declared.local[padding] = PADDING
 
 
 def run_case(case: LayerCase, ctx: ParallelContext) -> dict[str, Tensor]:

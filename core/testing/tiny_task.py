@@ -173,7 +173,7 @@ class TinyTask:
     ) -> Mapping[str, Any]:
         """Ones, as no weights are."""
         for declared in parameters.values():
-            declared.parameter.data.fill_(1.0)
+            declared.local.fill_(1.0)
         return {"config": {"architectures": ["Tiny"]}, "assets": str(source)}
 
 

@@ -29,13 +29,12 @@ from core.config.run import RunConfig
 from core.config.train import validate_batch_sizes
 from core.data.loader import BatchLoader
 from core.data.tokenizers import load_tokenizer
-from core.data_parallel.modes import make_data_parallel
+from core.data_parallel.modes import make_data_parallel, model_placement
 from core.errors import ConfigError, DataError
 from core.optim.gradients import publish_sharing
 from core.optim.schedules import learning_rate, weight_decay
 from core.optim.step import OptimizerStep, SkipLimit, StepResult
 from core.parallel.context import ParallelContext
-from core.parallel.placement import Placement
 from core.parallel.random import DropoutKey
 from core.parallel.sharding import declared_parameters
 from core.training.exchange import Exchange, LateValues
@@ -132,15 +131,15 @@ class Trainer:
             use_deterministic_kernels()
         validate_batch_sizes(train, ctx.dp.size)
         task.validate(ctx, config.data)
-        place = Placement(ctx, DTYPES[config.precision.dtype], ctx.device)
-        self.model: nn.Module = task.build_model(place)
+        dtype = DTYPES[config.precision.dtype]
+        self.model: nn.Module = task.build_model(model_placement(ctx, config.parallel, dtype))
         sharing = publish_sharing(declared_parameters(self.model), ctx)
-        self._data_parallel = make_data_parallel(self.model, ctx, config.parallel)
+        self._data_parallel = make_data_parallel(self.model, ctx, config.parallel, dtype)
         self.optimizer = OptimizerStep(
             self._data_parallel, sharing, ctx, config.optimizer, config.precision, train.seed
         )
         console = Console(enabled=ctx.world.rank == 0, total_steps=train.steps)
-        self._reporter = Reporter(console, self._throughput(place.dtype), ctx.device)
+        self._reporter = Reporter(console, self._throughput(dtype), ctx.device)
         self.state = RunState(task, config, ctx, self._data_parallel, self.optimizer)
         start = self.state.start()
         self._skips = SkipLimit(
