@@ -69,9 +69,15 @@ class TrainConfig:
     """Steps between runs of Python's garbage collector, on all ranks at once; 0 leaves it alone."""
     hang_timeout_seconds: float = 600.0
     """A rank that passes no step border for this long ends the run and says where it stood; 0 turns
-    that off. The first step, which may compile kernels, and a save count as one step each. A rank
-    that waits for its neighbours in a layer is ended by torch's own limit in any case (10 minutes
-    on GPUs)."""
+    that off. The first step, which may compile kernels, and a save count as one step each."""
+    sigterm_grace_seconds: float = 25.0
+    """A rank that has reached no step border this long after SIGTERM, being stuck in a collective
+    say, leaves with status 143 and does not save; a save that has begun is not cut short. 0 waits
+    for as long as it takes. torchrun kills after 30 s: for longer steps raise its
+    --shutdown-timeout as well."""
+    allow_changed_data: bool = False
+    """Go on from a checkpoint in --save although the seed or the training data are others than
+    when it was saved, so that some samples may be seen twice and others never."""
 
     def global_batch_size_at(self, consumed_samples: int) -> int:
         """Samples of the step that begins at this number of consumed samples."""
@@ -105,6 +111,7 @@ def _numbers_are_possible(config: TrainConfig) -> None:
         "keep_every",
         "gc_interval",
         "hang_timeout_seconds",
+        "sigterm_grace_seconds",
     )
     for least, names in ((1, at_least_one), (0, at_least_zero)):
         for name in names:

@@ -71,7 +71,7 @@ class FullyShardedModel:
         for name, whole in declared.items():
             parameter = whole.parameter
             assert isinstance(parameter, DTensor)
-            rows = parameter.detach().to_local()
+            rows = parameter.to_local().detach()
             fragments = _own_fragments(whole, shapes[name], rows, ctx.dp)
             copies = fragments[0].copies if fragments else ()
             sharding = dataclasses.replace(whole.sharding, copies=copies)

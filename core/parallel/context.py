@@ -2,6 +2,7 @@
 communicates is given the context, and one process is `ParallelContext.single()`.
 """
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,9 +11,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 from core.config.parallel import ParallelConfig
 from core.errors import ConfigError
+from core.parallel.rendezvous import Rendezvous, meet
+
+DEFAULT_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class ParallelContext:
     )
     """Groups by their ranks, those of other processes too; None or no group where this is not in
     it."""
+    _timeout: timedelta | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "ParallelContext":
@@ -61,8 +67,18 @@ class ParallelContext:
         return cls(tp, dp, pp, model, world, torch.device(device))
 
     @classmethod
-    def create(cls, config: ParallelConfig, device: torch.device) -> "ParallelContext":
+    def create(
+        cls,
+        config: ParallelConfig,
+        device: torch.device,
+        timeout: timedelta | None = None,
+    ) -> "ParallelContext":
         """Make the axes over the initialised default process group; collective over all ranks.
+
+        Args:
+            config: sizes of the axes.
+            device: this rank's.
+            timeout: of collectives over an axis; by default torch's own.
 
         Raises:
             ConfigError: the number of processes is not tp * pp * dp.
@@ -89,7 +105,12 @@ class ParallelContext:
         for dim, one in enumerate((pp, dp_axis, tp)):
             for ranks in mesh.mesh.movedim(dim, -1).reshape(-1, one.size).tolist():
                 known[tuple(ranks)] = one.group if rank in ranks else None
-        context = cls(tp, dp_axis, pp, world, world, device, config.sequence_parallel, known)
+        if timeout is not None:
+            for group in {id(one): one for one in known.values() if one is not None}.values():
+                set_timeout(timeout, group)
+        context = cls(
+            tp, dp_axis, pp, world, world, device, config.sequence_parallel, known, timeout
+        )
         if dp == 1:
             return context
         if pp.size == 1:
@@ -99,7 +120,7 @@ class ParallelContext:
             groups = context.new_groups([tuple(replica) for replica in replicas])
             ranks = next(tuple(replica) for replica in replicas if rank in replica)
             model = Axis("model", len(ranks), ranks.index(rank), ranks, groups[ranks])
-        return cls(tp, dp_axis, pp, model, world, device, config.sequence_parallel, known)
+        return dataclasses.replace(context, model=model)
 
     def new_groups(
         self, rank_sets: Sequence[tuple[int, ...]]
@@ -114,19 +135,39 @@ class ParallelContext:
         for ranks in sorted(set(rank_sets)):
             # Every rank takes the same way here, since all remember the groups of all.
             if len(ranks) > 1 and ranks not in self._groups:
-                self._groups[ranks] = dist.new_group(list(ranks))
+                self._groups[ranks] = dist.new_group(list(ranks), timeout=self._timeout)
             found[ranks] = self._groups.get(ranks)
         return found
 
+    def describe_groups(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """This rank's groups: torch's name of each, to what a person calls it and its ranks."""
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for ranks, group in self._groups.items():
+            # Groups of other ranks are placeholders.
+            if isinstance(group, dist.ProcessGroup) and self.world.rank in ranks:
+                found[group.group_name] = ("", ranks)
+        for axis in (self.world, self.model, self.pp, self.dp, self.tp):
+            if axis.group is not None:
+                found[axis.group.group_name] = (axis.name, axis.ranks)
+        return found
 
-def init_distributed(device_type: str, timeout: timedelta = timedelta(minutes=10)) -> torch.device:
+
+def init_distributed(
+    device_type: str, timeout: timedelta = DEFAULT_TIMEOUT, rendezvous: Rendezvous | None = None
+) -> torch.device:
     """Join the process group that torchrun describes, if any, and return this process's device.
 
-    Without torchrun's variables the process is alone and no group is made. `timeout` is that of
-    collectives over all processes; groups of one axis have torch's own.
+    Without torchrun's variables the process is alone and no group is made.
+
+    Args:
+        device_type: cpu or cuda.
+        timeout: of collectives over all processes, and of waiting for processes to start. Groups
+            of an axis have that of `ParallelContext.create`.
+        rendezvous: the other processes, if they have been met.
 
     Raises:
         ConfigError: CUDA was asked for and is not there, or a node has more processes than GPUs.
+        TrainingError: a process did not start in time.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device_type == "cuda":
@@ -140,9 +181,16 @@ def init_distributed(device_type: str, timeout: timedelta = timedelta(minutes=10
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+    if dist.is_initialized():
+        return device
+    met = rendezvous or meet(timeout)
+    if met is not None:
         dist.init_process_group(
-            backend, timeout=timeout, device_id=device if device.type == "cuda" else None
+            "nccl" if device.type == "cuda" else "gloo",
+            store=met.store,
+            rank=met.rank,
+            world_size=met.size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
         )
     return device

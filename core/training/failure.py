@@ -4,45 +4,53 @@ ranks do not wait for it in a collective.
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import NoReturn
 
 import torch.distributed as dist
-from torch.distributed import (  # type: ignore[attr-defined]  # public, yet not re-exported
-    Store,
-    TCPStore,
-)
+from torch.distributed import Store  # type: ignore[attr-defined]  # public, yet not re-exported
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from core.errors import TesseraError, TrainingError
+from core.parallel.rendezvous import Rendezvous
+from core.training.hang import Groups, RankState, diagnose, rank_state
+from core.training.interrupts import StopRequest
 
 # torchrun orders failures by whole seconds: who fails because another did must come later.
 _AFTER_THE_CAUSE_SECONDS = 1.1
+_ANSWER_OF_THE_STORE = timedelta(seconds=10)
+_ANSWER_OF_A_RANK_SECONDS = 2.5
+
+SAVING = "saving"
+"""The phase in which a checkpoint is written."""
 
 
 class FailureBoard:
-    """A key in torchrun's store that holds the first failure of the run: (rank, sentence).
+    """What ranks tell each other by the store when collectives no longer work: the first failure of
+    the run (rank, sentence), and when it hangs, where each stands.
 
-    A client of its own, so that no thread waits for another's call.
+    A connection of its own, so that no thread waits for another's call.
     """
 
-    def __init__(self, rank: int, store: Store | None) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, store: Store | None, size: int = 1) -> None:
+        """The board of a process; without a store it is alone."""
+        self.rank, self.size = rank, size
         self._store = store
-        self._key = f"tessera/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._key = "tessera/failure"
 
     @classmethod
-    def connect(cls) -> "FailureBoard":
-        """The board of this run, by torchrun's variables; one process alone needs none."""
-        rank = int(os.environ.get("RANK", "0"))
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls(rank, None)
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return cls(rank, TCPStore(host, port, is_master=False, wait_for_workers=False))
+    def connect(cls, met: Rendezvous | None) -> "FailureBoard":
+        """The board of the processes that met; those of an earlier start had another."""
+        if met is None:
+            return cls(0, None)
+        return cls(met.rank, met.connect(_ANSWER_OF_THE_STORE), met.size)
 
     def post(self, sentence: str) -> tuple[int, str]:
         """Report a failure of this rank; returns the first one reported by any."""
@@ -60,6 +68,31 @@ class FailureBoard:
             return None
         rank, text = json.loads(self._store.get(self._key))
         return rank, text
+
+    def call_for_states(self) -> int:
+        """Ask all ranks where they stand; returns the rank that was the first to ask."""
+        if self._store is None:
+            return self.rank
+        return int(self._store.compare_set("tessera/hang/asked", "", str(self.rank)))
+
+    def states_are_called_for(self) -> bool:
+        """Whether a rank has asked."""
+        return self._store is not None and self._store.check(["tessera/hang/asked"])
+
+    def post_state(self, state: RankState) -> None:
+        """Answer."""
+        if self._store is not None:
+            self._store.set(f"tessera/hang/state/{self.rank}", state.to_json())
+
+    def states(self) -> dict[int, RankState | None]:
+        """The answers of all ranks, None where there is none."""
+        found: dict[int, RankState | None] = dict.fromkeys(range(self.size))
+        if self._store is not None:
+            for rank in found:
+                key = f"tessera/hang/state/{rank}"
+                if self._store.check([key]):
+                    found[rank] = RankState.from_json(self._store.get(key).decode())
+        return found
 
 
 class SentenceHandler(ErrorHandler):
@@ -108,8 +141,19 @@ def exit_now(status: int = 1) -> NoReturn:
     os._exit(status)
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How long a watchdog waits; 0 is for ever."""
+
+    hang_seconds: float
+    """Without a step border."""
+    sigterm_seconds: float
+    """From SIGTERM to a step border."""
+
+
 class Watchdog:
-    """A thread that ends this process when it hangs or when another rank has failed.
+    """A thread that ends this process when it hangs, when another rank has failed, and when it
+    cannot follow a SIGTERM.
 
     `beat` is called at every step border. A main thread that is stuck in a collective cannot help
     itself; a thread can.
@@ -117,13 +161,17 @@ class Watchdog:
 
     def __init__(
         self,
-        timeout_seconds: float,
+        patience: Patience,
         handler: SentenceHandler,
-        leave: Callable[[], object] = exit_now,
+        stop: StopRequest,
+        groups: Groups,
+        leave: Callable[[int], object] = exit_now,
     ) -> None:
-        """`timeout_seconds` of 0 never calls it a hang; `leave` ends the process."""
-        self._timeout, self._handler, self._leave = timeout_seconds, handler, leave
+        """`groups` names what collectives run over; `leave` ends the process with a status."""
+        self._patience, self._handler, self._stop = patience, handler, stop
+        self._groups, self._leave = groups, leave
         self._last, self._step, self._phase = time.monotonic(), 0, "start"
+        self._answered = False
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -145,27 +193,78 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        interval = min(1.0, self._timeout / 4) if self._timeout else 1.0
+        limits = [x for x in (self._patience.hang_seconds, self._patience.sigterm_seconds) if x]
+        while not self._done.wait(min([1.0, *(limit / 4 for limit in limits)])):
+            status = self._look_at_signals() or self._look_at_time() or self._look_at_board()
+            if status and not self._done.is_set():
+                self._leave(status)
+                return
+
+    def _look_at_signals(self) -> int:
+        """A status to leave with, or 0."""
+        patience, since = self._patience.sigterm_seconds, self._stop.seconds_since_sigterm()
+        # A save that has begun may well end in time; torchrun's SIGKILL decides.
+        if not patience or since is None or since < patience or self._phase == SAVING:
+            return 0
+        self._handler.record_exception(
+            TrainingError(
+                f"rank {self._rank} could not save within {since:.0f} s of SIGTERM, being in "
+                f"{self._phase} of step {self._step}: the newest checkpoint stands; if steps take "
+                "that long, raise --train.sigterm-grace-seconds and torchrun's --shutdown-timeout"
+            )
+        )
+        return 128 + signal.SIGTERM
+
+    def _look_at_time(self) -> int:
+        limit, silent = self._patience.hang_seconds, time.monotonic() - self._last
+        if not limit or silent <= limit:
+            return 0
+        try:
+            where = self._ask_all(second=silent > limit + 4 * _ANSWER_OF_A_RANK_SECONDS)
+        except (dist.DistError, RuntimeError):  # the store is gone
+            where = diagnose({self._rank: self._state()})
+        if where is None:
+            return 0
+        self._handler.record_exception(
+            TrainingError(
+                f"no step was finished for {silent:.0f} s: {where}; if a step only needs longer, "
+                "raise --train.hang-timeout-seconds"
+            )
+        )
+        return 1
+
+    def _ask_all(self, *, second: bool) -> str | None:
+        """Who holds up the run; None where another rank has asked, which will tell, unless it has
+        not and this is the `second` try.
+        """
         board = self._handler.board
-        while not self._done.wait(interval):
-            silent = time.monotonic() - self._last
-            if self._timeout and silent > self._timeout:
-                rank = board.rank if board is not None else 0
-                self._handler.record_exception(
-                    TrainingError(
-                        f"rank {rank} has hung for {silent:.0f} s in {self._phase} of step "
-                        f"{self._step}: look for a rank that is slow, dead or went another way; if "
-                        "it only needs longer, raise --train.hang-timeout-seconds"
-                    )
-                )
-                self._leave()
-                return
-            try:
-                failure = None if board is None else board.read()
-            except (dist.DistError, RuntimeError):
-                board = None  # the store is gone: collectives will fail by themselves
-                continue
-            if failure is not None and board is not None and failure[0] != board.rank:
-                time.sleep(_AFTER_THE_CAUSE_SECONDS)
-                self._leave()
-                return
+        if board is None or board.size == 1:
+            return diagnose({self._rank: self._state()})
+        if board.call_for_states() != board.rank and not second:
+            return None
+        board.post_state(self._state())
+        time.sleep(_ANSWER_OF_A_RANK_SECONDS)
+        return diagnose(board.states())
+
+    def _look_at_board(self) -> int:
+        board = self._handler.board
+        if board is None:
+            return 0
+        try:
+            if not self._answered and board.states_are_called_for():
+                self._answered = True
+                board.post_state(self._state())
+            failure = board.read()
+        except (dist.DistError, RuntimeError):
+            return 0  # the store is gone: collectives will fail by themselves
+        if failure is None or failure[0] == board.rank:
+            return 0
+        time.sleep(_AFTER_THE_CAUSE_SECONDS)
+        return 1 if self._stop.seconds_since_sigterm() is None else 128 + signal.SIGTERM
+
+    def _state(self) -> RankState:
+        return rank_state(self._step, self._phase, self._groups)
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self._handler.board is None else self._handler.board.rank

@@ -1,5 +1,6 @@
 """Reasons to end a run early and well: SIGTERM, Ctrl-C, a time limit."""
 
+import os
 import signal
 import threading
 import time
@@ -16,6 +17,10 @@ class StopRequest:
 
     As a context manager it takes over SIGTERM and SIGINT, and gives them back. A later second
     Ctrl-C raises KeyboardInterrupt.
+
+    Python runs its handlers in the main thread, and only between two instructions of its own: not
+    while that thread waits in a collective. The C side of a handler runs at once and writes to a
+    pipe, which another thread can read.
     """
 
     def __init__(self, minutes: float | None = None) -> None:
@@ -25,6 +30,9 @@ class StopRequest:
         self._signal: signal.Signals | None = None
         self._signalled_at = 0.0
         self._previous: dict[int, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._previous_pipe = -1
+        self._terminated_at: float | None = None
 
     @property
     def reason(self) -> str | None:
@@ -34,6 +42,19 @@ class StopRequest:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return self._limit
         return None
+
+    def seconds_since_sigterm(self) -> float | None:
+        """How long ago SIGTERM came, as seen by calls of this method, or None. For one thread, of
+        any kind, as long as the signals are taken over.
+        """
+        if self._terminated_at is None and self._pipe is not None:
+            try:
+                seen = os.read(self._pipe[0], 4096)
+            except BlockingIOError:
+                seen = b""
+            if signal.SIGTERM in seen:
+                self._terminated_at = time.monotonic()
+        return None if self._terminated_at is None else time.monotonic() - self._terminated_at
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -46,6 +67,10 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         # Python allows handlers in the main thread only; elsewhere the time limit still works.
         if threading.current_thread() is threading.main_thread():
+            self._pipe = os.pipe()
+            for end in self._pipe:
+                os.set_blocking(end, False)
+            self._previous_pipe = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -59,3 +84,8 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._previous_pipe)
+            for end in self._pipe:
+                os.close(end)
+            self._pipe = None

@@ -20,6 +20,7 @@ from core.config.run import RunConfig
 from core.config.train import TrainConfig, validate_batch_sizes
 from core.errors import ConfigError, TesseraError
 from core.parallel.context import ParallelContext, init_distributed
+from core.parallel.rendezvous import meet
 from core.training.failure import FailureBoard, SentenceHandler, exit_now
 from core.training.metrics import check_trackers
 from core.training.state import find_checkpoint
@@ -71,9 +72,11 @@ def train(config: RunConfig[Any], make_task: MakeTask, handler: SentenceHandler)
     check_before_start(config)
     datasets = make_datasets(task, config)
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    device = init_distributed("cuda" if cuda else "cpu", collective_timeout(config.train))
-    handler.board = FailureBoard.connect()
-    ctx = ParallelContext.create(config.parallel, device)
+    timeout = collective_timeout(config.train)
+    met = meet(timeout)
+    handler.board = FailureBoard.connect(met)
+    device = init_distributed("cuda" if cuda else "cpu", timeout, met)
+    ctx = ParallelContext.create(config.parallel, device, timeout)
     trainer = Trainer(task, config, ctx, datasets=datasets, failures=handler)
     done = trainer.fit()
     if dist.is_initialized():
@@ -82,8 +85,8 @@ def train(config: RunConfig[Any], make_task: MakeTask, handler: SentenceHandler)
 
 
 def collective_timeout(config: TrainConfig) -> timedelta:
-    """How long a rank may wait for all others, for a save say: longer than the watchdog, whose
-    sentence names the rank that is late.
+    """How long a rank may wait for others in a collective: longer than the watchdog, whose sentence
+    names the rank that is late.
     """
     if config.hang_timeout_seconds == 0:
         return timedelta(days=365)

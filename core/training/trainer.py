@@ -38,7 +38,7 @@ from core.parallel.context import ParallelContext
 from core.parallel.random import DropoutKey
 from core.parallel.sharding import declared_parameters
 from core.training.exchange import Exchange, LateValues
-from core.training.failure import SentenceHandler, Watchdog
+from core.training.failure import SAVING, Patience, SentenceHandler, Watchdog
 from core.training.interrupts import StopRequest
 from core.training.metrics import (
     TRACKERS,
@@ -126,7 +126,12 @@ class Trainer:
         self.task, self.config, self.ctx = task, config, ctx
         train = config.train
         self._stop = StopRequest(train.exit_duration_minutes)
-        self._watchdog = Watchdog(train.hang_timeout_seconds, failures or SentenceHandler())
+        self._watchdog = Watchdog(
+            Patience(train.hang_timeout_seconds, train.sigterm_grace_seconds),
+            failures or SentenceHandler(),
+            self._stop,
+            ctx.describe_groups(),
+        )
         if train.deterministic:
             use_deterministic_kernels()
         validate_batch_sizes(train, ctx.dp.size)
@@ -202,7 +207,7 @@ class Trainer:
         data = self._fetch_training()
         counts = self._exchange.sum(False, data.counts)[1:]
         while True:
-            self._watchdog.beat(position.step, "training")
+            self._watchdog.beat(position.step + 1, "training")
             rate = learning_rate(self.config.optimizer, position.step, train.steps)
             sums, result = self._step(data, counts, rate)
             position.step += 1
@@ -276,9 +281,13 @@ class Trainer:
             stopping = losses is None
             if losses is not None:
                 self._reporter.evaluation(step, losses)
+            else:
+                self._reporter.console.say(
+                    f"step {step} | the evaluation is left out: asked to stop"
+                )
         stopping = stopping or exits
         if saves or last or stopping:
-            self._watchdog.beat(step, "saving")
+            self._watchdog.beat(step, SAVING)
             path = self._save(wait=last or stopping)
             if stopping:
                 asked = "--train.exit-at-step" if exits else "another rank was asked to"

@@ -1,0 +1,164 @@
+"""kill -9 at random moments under `torchrun --max-restarts`: the run goes on by itself, and what
+comes out at the end is, bit by bit, what comes out of a run that nobody disturbed."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROCESSES, SAVE_INTERVAL = 4, 5
+OPTIONS = f"""
+    --device cpu --precision.dtype fp32 --parallel.tp 2 --data.num-workers 0 --data.seq-length 16
+    --data.train corpus --train.global-batch-size 4 --train.eval-interval 15 --train.eval-steps 1
+    --train.save-interval {SAVE_INTERVAL} --model.num-layers 1 --model.hidden-size 24
+    --model.vocab-size 257 --model.num-attention-heads 4 --model.num-query-groups 2
+    --model.head-dim 6 --model.ffn-hidden-size 16 --model.hidden-dropout 0.1
+""".split()
+OF_TIME = ("step_seconds", "tokens_per_second", "tflops_causal", "tflops_full", "memory_gib")
+
+
+@dataclass
+class Run:
+    """A run under torchrun in the folder of the samples."""
+
+    folder: Path
+    save: Path
+    steps: int
+    restarts: int = 0
+
+    def __enter__(self) -> "Run":
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        launcher += [str(PROCESSES), "--max-restarts", str(self.restarts)]
+        train = [str(ROOT / "models/llama/train.py"), *OPTIONS, "--train.steps", str(self.steps)]
+        with (self.folder / f"{self.save.name}.log").open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *launcher, *train, "--save", str(self.save)],
+                cwd=self.folder,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        # Workers have sessions of their own, and notice at once that torchrun has gone.
+        workers = self.workers()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            for pid in workers.values():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def log(self) -> str:
+        return (self.folder / f"{self.save.name}.log").read_text()
+
+    def workers(self, attempt: int | None = None) -> dict[int, int]:
+        """Processes by rank, of one attempt if it is given."""
+        found = {}
+        pid = self.process.pid
+        with suppress(OSError):
+            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                environment = Path(f"/proc/{child}/environ").read_bytes().decode()
+                values = dict(entry.partition("=")[::2] for entry in environment.split("\0"))
+                if attempt is None or values.get("TORCHELASTIC_RESTART_COUNT") == str(attempt):
+                    found.update({int(values["RANK"]): int(child)} if "RANK" in values else {})
+        return found
+
+    def until(self, what: str, condition: Callable[[], bool], seconds: float = 90) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"the run ended before {what}\n{self.log()}"
+            assert time.monotonic() < deadline, f"no {what}\n{self.log()}"
+            time.sleep(0.001)
+
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self.save.is_dir() and any(
+            re.fullmatch(r"\.step_.*\.tmp", name) for name in os.listdir(self.save)
+        )
+
+    def rows_written(self) -> tuple[int, int]:
+        """The metrics file, which every attempt makes anew, and its rows."""
+        file = self.save / "metrics.jsonl"
+        with suppress(FileNotFoundError):
+            return file.stat().st_ino, file.read_text().count("\n")
+        return 0, 0
+
+    def last_step(self) -> int:
+        steps = [int(name[5:]) for name in os.listdir(self.save) if name.startswith("step_")]
+        return max(steps, default=0)
+
+
+def kill_one(run: Run, attempt: int, kills: int, rng: random.Random) -> bool:
+    """Let an attempt begin to train, then kill one of its ranks; returns whether in mid-save."""
+    before, _ = run.rows_written() if attempt else (0, 0)
+    run.until("all workers", lambda: len(run.workers(attempt)) == PROCESSES)
+    run.until("a metrics file", lambda: run.rows_written()[0] != before)
+    first = run.rows_written()[1]
+    # Six steps are kept for each kill to come: it falls into the next save at the latest.
+    spare = run.steps - run.last_step() - 6 * (kills - attempt)
+    in_save = attempt % 2 == 1
+    rows = first + 1 + (0 if in_save else rng.randint(0, max(0, min(8, spare))))
+    run.until("a step", lambda: run.rows_written()[1] >= rows)
+    if in_save:
+        run.until("a save", run.saving)
+        time.sleep(rng.choice([0.0, rng.uniform(0.0, 0.02)]))
+    else:
+        time.sleep(rng.uniform(0.0, 0.05))
+    victim = run.workers(attempt)[rng.randrange(PROCESSES)]
+    saving = run.saving()
+    os.kill(victim, signal.SIGKILL)
+    return saving
+
+
+def rows(save: Path) -> list[dict[str, float]]:
+    lines = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k not in OF_TIME} for row in lines]
+
+
+def weights_and_states(save: Path, step: int) -> dict[str, bytes]:
+    files = (save / f"step_{step:08d}").glob("*.safetensors")
+    return {file.name: file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize(
+    ("steps", "kills"), [(40, 3), pytest.param(200, 30, marks=pytest.mark.full)]
+)
+def test_killed_at_random_moments(samples: Path, tmp_path: Path, steps: int, kills: int) -> None:
+    (tmp_path / "corpus.bin").symlink_to(samples / "corpus.bin")
+    (tmp_path / "corpus.idx").symlink_to(samples / "corpus.idx")
+    with Run(tmp_path, tmp_path / "whole", steps) as whole:
+        assert whole.process.wait(120) == 0, whole.log()
+    rng = random.Random(steps)
+    saving, pauses = [], []
+    with Run(tmp_path, tmp_path / "killed", steps, restarts=kills) as killed:
+        for attempt in range(kills):
+            saving.append(kill_one(killed, attempt, kills, rng))
+            died = time.monotonic()
+            following = attempt + 1
+            killed.until("restart", lambda following=following: bool(killed.workers(following)))
+            pauses.append(time.monotonic() - died)
+        assert killed.process.wait(120) == 0, killed.log()
+    print(f"{kills} kills, {sum(saving)} in mid-save; restarts after {max(pauses):.1f} s at most")
+    # A save may be over before the kill: at least half of those that were aimed at one hit.
+    assert sum(saving) >= kills // 4
+    assert max(pauses) < 20
+    assert len(rows(whole.save)) == steps + steps // 15 + (steps % 15 > 0)
+    assert rows(killed.save) == rows(whole.save)
+    tensors = weights_and_states(whole.save, steps)
+    assert tensors
+    assert weights_and_states(killed.save, steps) == tensors
+    assert not list(killed.save.glob(".step_*"))
