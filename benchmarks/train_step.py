@@ -26,13 +26,13 @@ from core.config.parallel import ParallelConfig, validate_parallel
 from core.config.precision import PrecisionConfig, validate_precision
 from core.config.suggestions import did_you_mean
 from core.config.transformer import TransformerConfig
-from core.data_parallel.modes import make_data_parallel
+from core.data_parallel.modes import make_data_parallel, model_placement
 from core.errors import ConfigError
 from core.kernels.attention import chosen_kernel
 from core.optim.gradients import publish_sharing
 from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext, init_distributed
-from core.parallel.placement import Placement, initialize_parameters
+from core.parallel.placement import initialize_parameters
 from core.parallel.random import DropoutKey, make_key, philox
 from core.parallel.sharding import declared_parameters
 from core.training.trainer import DTYPES
@@ -77,10 +77,11 @@ class Step:
 
     def __init__(self, work: Work, config: TransformerConfig, ctx: ParallelContext) -> None:
         self.work, self.config, self.ctx = work, config, ctx
-        place = Placement(ctx, DTYPES[work.precision.dtype], ctx.device)
+        dtype = DTYPES[work.precision.dtype]
+        place = model_placement(ctx, work.parallel, dtype)
         self.model: LanguageModel = build_llama(config, place, work.parallel.recompute)
         sharing = publish_sharing(declared_parameters(self.model), ctx)
-        self.data_parallel = make_data_parallel(self.model, ctx, work.parallel)
+        self.data_parallel = make_data_parallel(self.model, ctx, work.parallel, dtype)
         self.optimizer = OptimizerStep(
             self.data_parallel, sharing, ctx, OptimizerConfig(lr=1e-4), work.precision
         )
