@@ -1,5 +1,6 @@
 import errno
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ import torch
 from torch import Tensor
 
 from core.checkpoint.index import SavedTensor
+from core.checkpoint.plan import RankFile
 from core.checkpoint.reader import open_checkpoint
 from core.checkpoint.safetensors_io import SafetensorsWriter
-from core.checkpoint.saver import Ranks, save_checkpoint
-from core.checkpoint.writer import write_checkpoint
+from core.checkpoint.saver import CheckpointSaver, Ranks, save_checkpoint
+from core.checkpoint.writer import write_checkpoint, write_rank_file
 from core.config.parallel import ParallelConfig
 from core.errors import CheckpointError, ConfigError
 from core.parallel.context import ParallelContext
-from core.parallel.sharding import Block, split_blocks, whole_copy
+from core.parallel.sharding import Block, Box, BoxCopy, split_blocks, whole_copy
 from core.testing.distributed import WorkerPool
 
 MakeShards = Callable[..., list[list[SavedTensor]]]
@@ -214,3 +216,277 @@ def _save_and_load(root: str, tp: int) -> bool:
 def test_processes_save_together(tmp_path: Path, pool: WorkerPool, tp: int) -> None:
     assert pool.run(_save_and_load, 2, str(tmp_path), tp) == [True, True]
     assert len(open_checkpoint(tmp_path).index.files) == 2  # data-parallel replicas share the work
+
+
+# ---- In the background ---------------------------------------------------------------------------
+
+
+class Gate:
+    """Holds the background writers of some files until it is opened."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *names: str) -> None:
+        self.reached, self.open = threading.Event(), threading.Event()
+
+        def gated(directory: Path, file: RankFile, *args: Any) -> Any:
+            if file.name in names:
+                self.reached.set()
+                assert self.open.wait(30)
+            return write_rank_file(directory, file, *args)
+
+        patch.setattr("core.checkpoint.saver.write_rank_file", gated)
+
+
+def test_training_goes_on_while_the_copy_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch, "rank_00000.safetensors")
+    flat = torch.arange(6.0)
+
+    def piece(box: Box, values: Tensor) -> SavedTensor:
+        copies = (BoxCopy(Box((0, 0), box.shape), box),)
+        return SavedTensor("w", (2, 4), copies, values.view(box.shape))
+
+    pieces = [
+        piece(Box((0, 2), (1, 2)), flat[:2]),
+        piece(Box((1, 0), (1, 4)), flat[2:]),
+        piece(Box((0, 0), (1, 2)), torch.ones(2)),
+        saved("b", torch.tensor(True)),
+    ]
+    saver = CheckpointSaver(tmp_path, pieces, SINGLE, asynchronous=True)
+    path = saver.save(1, {"at": 1})
+    assert gate.reached.wait(30)
+    flat.zero_()
+    saver.poll()
+    assert not path.exists()
+    gate.open.set()
+    saver.wait()
+    out, flag = torch.empty(2, 4), torch.tensor(False)
+    reader = open_checkpoint(tmp_path)
+    reader.load([saved("w", out), saved("b", flag)])
+    assert out.tolist() == [[1, 1, 0, 1], [2, 3, 4, 5]]
+    assert bool(flag)
+    assert reader.sections == {"at": 1}
+    # The next save is of the values then.
+    saver.save(2, {})
+    saver.save(3, {})  # waits for 2
+    assert (tmp_path / "step_00000002" / "index.json").exists()
+    saver.close(30)
+    open_checkpoint(tmp_path).load([saved("w", out)])
+    assert out.tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
+
+
+def test_both_modes_write_the_same_bytes(tmp_path: Path, make_shards: MakeShards) -> None:
+    for name, asynchronous in (("a", True), ("b", False)):
+        run_ranks(
+            4,
+            lambda ranks, name=name, asynchronous=asynchronous: _save_and_wait(  # type: ignore[misc]
+                CheckpointSaver(
+                    tmp_path / name,
+                    make_shards(4)[ranks.rank],
+                    ranks,
+                    asynchronous=asynchronous,
+                )
+            ),
+        )
+    assert len(_content(tmp_path / "a")) == 6
+    assert _content(tmp_path / "a") == _content(tmp_path / "b")
+    open_checkpoint(tmp_path / "a").verify()
+
+
+def _save_and_wait(saver: CheckpointSaver) -> None:
+    saver.save(1, {"x": 1})
+    saver.wait()
+
+
+def test_after_the_first_save_ranks_only_tell_how_it_went(
+    tmp_path: Path, make_shards: MakeShards
+) -> None:
+    gathered: list[list[Any]] = [[], []]
+
+    def work(ranks: Ranks) -> set[str]:
+        def gather(value: Any) -> list[Any]:
+            gathered[ranks.rank].append(value)
+            return ranks.gather(value)
+
+        counted = Ranks(ranks.rank, gather)
+        saver = CheckpointSaver(
+            tmp_path, make_shards(2)[ranks.rank], counted, asynchronous=True, keep_last=2
+        )
+        names = set()
+        for step in (1, 2, 3):
+            saver.save(step, {})
+            assert saver._pending is not None
+            names.add(saver._pending.temporary.name)
+        saver.poll()
+        saver.wait()
+        return names
+
+    one, two = run_ranks(2, work)
+    assert one == two
+    assert len(one) == 3
+    assert [values[2:] for values in gathered] == [[None] * 6] * 2
+    assert sorted(path.name for path in tmp_path.glob("*")) == [
+        "latest",
+        "step_00000002",
+        "step_00000003",
+    ]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_in_the_background_is_seen_at_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_shards: MakeShards, failing: int
+) -> None:
+    savers = run_ranks(
+        2,
+        lambda ranks: CheckpointSaver(
+            tmp_path, make_shards(2)[ranks.rank], ranks, asynchronous=True
+        ),
+    )
+    gathers = {}
+
+    def begin(ranks: Ranks, step: int) -> Path:
+        savers[ranks.rank]._ranks = gathers[ranks.rank] = ranks
+        path: Path = savers[ranks.rank].save(step, {})
+        return path
+
+    with monkeypatch.context() as patch:
+        _fill_disk(patch, 300, f"rank_{failing:05d}.safetensors")
+        assert run_ranks(2, lambda ranks: begin(ranks, 1)) == [tmp_path / "step_00000001"] * 2
+        for rank in {0, failing}:  # rank 0 by the mark that the other leaves
+            with pytest.raises(CheckpointError, match=f"rank {failing} failed: 'No space left"):
+                _poll_for_long(savers[rank])
+    # The next save reports it to all; the one after that works.
+    for result in run_ranks(2, lambda ranks: begin(ranks, 2)):
+        assert f"step_00000001 was not saved, rank {failing} failed" in str(result)
+    assert list(tmp_path.iterdir()) == []
+    run_ranks(2, lambda ranks: begin(ranks, 2))
+    assert run_ranks(2, lambda ranks: _wait_with(savers[ranks.rank], ranks)) == [None, None]
+    open_checkpoint(tmp_path).verify()
+
+
+def _poll_for_long(saver: CheckpointSaver) -> None:
+    for _ in range(3000):
+        saver.poll()
+        time.sleep(0.01)
+
+
+def _wait_with(saver: CheckpointSaver, ranks: Ranks) -> None:
+    saver._ranks = ranks
+    saver.wait()
+
+
+def test_rank_0_gives_a_dead_rank_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_shards: MakeShards
+) -> None:
+    gate = Gate(monkeypatch, "rank_00001.safetensors")  # for a thread that died with its process
+    savers = run_ranks(
+        2,
+        lambda ranks: _begin(
+            CheckpointSaver(
+                tmp_path, make_shards(2)[ranks.rank], ranks, asynchronous=True, timeout=0.2
+            )
+        ),
+    )
+    with pytest.raises(CheckpointError, match=r"no file of rank 1 came within 0 s"):
+        _poll_for_long(savers[0])
+    savers[1].close()  # waits for nothing
+    assert savers[1]._pending is not None
+    assert list(tmp_path.iterdir()) == []
+    gate.open.set()
+
+
+def _begin(saver: CheckpointSaver) -> CheckpointSaver:
+    saver.save(1, {})
+    return saver
+
+
+def test_a_rank_that_cannot_leave_a_mark_says_so_in_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_shards: MakeShards
+) -> None:
+    def mark(*_: object) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("core.checkpoint.saver._leave_mark", mark)
+    results = run_ranks(
+        2, lambda ranks: save_checkpoint(tmp_path, 1, make_shards(2)[ranks.rank], {}, ranks)
+    )
+    assert all("rank 1 failed: 'Permission denied'" in str(result) for result in results)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_saver_leaves_its_own_save_in_progress_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".step_00000001.killed-1.tmp").mkdir()
+    gate = Gate(monkeypatch, "rank_00000.safetensors")
+    saver = CheckpointSaver(tmp_path, [saved("a", torch.ones(2))], SINGLE, asynchronous=True)
+    saver.save(1, {})
+    assert gate.reached.wait(30)
+    saver.prepare()
+    (under_way,) = tmp_path.glob(".step_*.tmp")
+    assert "killed" not in under_way.name
+    gate.open.set()
+    saver.save(1, {})
+    saver.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+def test_assets_are_part_of_the_checkpoint(tmp_path: Path) -> None:
+    assets = tmp_path / "source"
+    (assets / "additional_chat_templates").mkdir(parents=True)
+    for name, text in {"tokenizer.json": "{}", "LICENSE": "", "x.bin": "no"}.items():
+        (assets / name).write_text(text)
+    (assets / "additional_chat_templates" / "a.jinja").write_text("hello")
+    path = save_checkpoint(
+        tmp_path / "run", 1, [saved("a", torch.ones(2))], {}, SINGLE, assets=assets
+    )
+    reader = open_checkpoint(path)
+    sizes = {name: record.size for name, record in reader.index.files.items()}
+    del sizes["rank_00000.safetensors"]
+    assert sizes == {
+        "hf/LICENSE": 0,
+        "hf/tokenizer.json": 2,
+        "hf/additional_chat_templates/a.jinja": 5,
+    }
+    reader.check_assets()
+    reader.verify()
+    (path / "hf" / "tokenizer.json").write_text("[]")
+    for check in (open_checkpoint(path).check_assets, open_checkpoint(path).verify):
+        with pytest.raises(CheckpointError, match=r"hf/tokenizer\.json is damaged"):
+            check()
+    (path / "hf" / "additional_chat_templates" / "a.jinja").unlink()
+    with pytest.raises(CheckpointError, match=r"a\.jinja is missing"):
+        open_checkpoint(path)
+
+
+def _train_like(root: str, steps: int) -> list[int]:
+    """Replicated parameters, and optimizer fragments of one rank each, changing every step."""
+    ctx = ParallelContext.create(ParallelConfig(), torch.device("cpu"))
+    rank, size = ctx.world.rank, ctx.world.size
+    parameter, flat = torch.zeros(8, 4), torch.zeros(2, 4)
+    box = Box((2 * rank, 0), (2, 4))
+    tensors = [
+        *(saved(f"model/{i}", parameter) for i in range(size)),
+        SavedTensor("optim/m", (2 * size, 4), (BoxCopy(Box((0, 0), (2, 4)), box),), flat),
+    ]
+    saver = CheckpointSaver(Path(root), tensors, ctx, asynchronous=True, keep_last=2)
+    for step in range(1, steps + 1):
+        saver.poll()
+        parameter += 1
+        flat += 1
+        saver.save(step, {})
+    saver.wait()
+    saver.close()
+    out = torch.empty(2 * size, 4)
+    reader = open_checkpoint(Path(root))
+    reader.load([saved("optim/m", out), saved("model/0", parameter)])
+    return [int(x) for x in (*out.unique(), *parameter.unique(), len(reader.index.files))]
+
+
+def test_processes_save_in_the_background(tmp_path: Path, pool: WorkerPool) -> None:
+    assert pool.run(_train_like, 4, str(tmp_path), 5) == [[5, 5, 4]] * 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest",
+        "step_00000004",
+        "step_00000005",
+    ]
