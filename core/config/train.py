@@ -76,8 +76,9 @@ class TrainConfig:
     for as long as it takes. torchrun kills after 30 s: for longer steps raise its
     --shutdown-timeout as well."""
     allow_changed_data: bool = False
-    """Go on from a checkpoint in --save although the seed or the training data are others than
-    when it was saved, so that some samples may be seen twice and others never."""
+    """Go on from a checkpoint in --save although samples come in another order than before, so that
+    some may be seen twice and others never. The order follows from seed, corpora (not their paths),
+    weights, split, sequence length, and the epochs that --train.steps takes."""
 
     def global_batch_size_at(self, consumed_samples: int) -> int:
         """Samples of the step that begins at this number of consumed samples."""

@@ -21,6 +21,9 @@ class IdentifiedDataset(SampleDataset, Protocol):
     @property
     def identifiers(self) -> Mapping[str, object]: ...  # noqa: D102
 
+    @property
+    def order(self) -> Mapping[str, object]: ...  # noqa: D102
+
 
 def normalize(weights: Sequence[float]) -> list[float]:
     """Scale to a sum of 1, with numpy's rounding."""
@@ -97,6 +100,11 @@ class BlendedDataset:
         dataset = self._datasets[sources[index]]
         # Rounding can ask a source of one whole epoch for one sample more than it has.
         return dataset[int(numbers[index]) % len(dataset)]
+
+    @property
+    def order(self) -> dict[str, object]:
+        """See `GPTDataset.order`; a longer blend begins as a shorter one does."""
+        return {"weights": self._weights, "source": [dict(one.order) for one in self._datasets]}
 
     @cached_property
     def _index(self) -> tuple[Array, Array]:

@@ -1,6 +1,7 @@
 """Samples for next-token prediction, drawn from one tokenised corpus."""
 
 import os
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,8 @@ from core.data.samples import Array, Sample, check_index, next_token_sample
 from core.errors import DataError
 
 _PAD = -1  # no token: what it covers is outside the loss, and shown to the model as token 0
+
+_LENGTHS_IN_CHECKSUM = 1 << 20  # enough to tell corpora apart, and soon read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +141,23 @@ class GPTDataset:
             "corpus_tokens": self._corpus.num_tokens,
             "split_tokens": self._plan.tokens_per_epoch,
             "drop_last_partial_sequence": self._options.drop_last_partial,
+        }
+
+    @property
+    def order(self) -> dict[str, object]:
+        """All that the order of samples follows from, beside the seed; the same for a copy of the
+        corpus at another path, and for another number of samples as long as the epochs agree.
+        """
+        lengths = self._corpus.sequence_lengths[:_LENGTHS_IN_CHECKSUM].tobytes()
+        return {
+            "corpus tokens": self._corpus.num_tokens,
+            "corpus sequences": len(self._corpus),
+            "checksum of sequence lengths": zlib.crc32(lengths),
+            "documents of the split": [self._documents.start, self._documents.stop],
+            "sequence length": self._options.seq_length,
+            "epochs": self._plan.num_epochs,
+            "samples": self._plan.num_samples,
+            "samples before the last epoch": self._plan.separate_from,
         }
 
     def _text(self, sample: int) -> Array:

@@ -21,6 +21,11 @@ class SyntheticDataset:
     def __len__(self) -> int:
         return self.num_samples
 
+    @property
+    def order(self) -> dict[str, object]:
+        """What samples follow from, beside the seed."""
+        return {"sequence length": self.seq_length, "vocabulary": self.vocab_size}
+
     def __getitem__(self, index: int) -> Sample:
         """`tokens` [s], `labels` [s] int64 and `loss_mask` [s] bool, all true."""
         check_index(index, len(self))

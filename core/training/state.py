@@ -120,6 +120,8 @@ class RunState:
     position: Position = dataclasses.field(default_factory=Position)
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What is remembered of the Hugging Face weights that training began with."""
+    sample_order: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the order of training samples follows from (`core.training.data_order`)."""
     _saved_step: int | None = None
     _loaded_assets: Path | None = None
     _saver: CheckpointSaver | None = None
@@ -173,6 +175,7 @@ class RunState:
                 "config": self.task.model_config,
                 "run": to_toml(self.config),
                 "source": self.source,
+                "sample_order": self.sample_order,
                 "train_state": {
                     **dataclasses.asdict(self.position),
                     "optimizer": self.optimizer.state_dict(),

@@ -37,6 +37,7 @@ from core.optim.step import OptimizerStep, SkipLimit, StepResult
 from core.parallel.context import ParallelContext
 from core.parallel.random import DropoutKey
 from core.parallel.sharding import declared_parameters
+from core.training.data_order import check_same_order, sample_order
 from core.training.exchange import Exchange, LateValues
 from core.training.failure import SAVING, Patience, SentenceHandler, Watchdog
 from core.training.interrupts import StopRequest
@@ -156,6 +157,7 @@ class Trainer:
         train_data, valid_data = (datasets or make_datasets(task, config))[:2]
         if train_data is None:
             raise DataError("there is no training data: name some with --data.train")
+        self.state.sample_order = sample_order(train_data, train.seed)
         self._train_loader = self._loader(train_data, growing=True)
         self._valid_loader = None if valid_data is None else self._loader(valid_data, growing=False)
         for line in (*self._describe(train_data, valid_data), start):
@@ -495,7 +497,8 @@ def make_datasets(task: TrainTask, config: RunConfig[Any]) -> Sequence[Any]:
 
     Raises:
         DataError: a corpus or tokenizer that is missing or damaged.
-        ConfigError: a tokenizer larger than the vocabulary.
+        ConfigError: a tokenizer larger than the vocabulary, or other data than that which the run
+            in --save was trained on.
     """
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
     vocab_size = getattr(task.model_config, "vocab_size", None)
@@ -506,7 +509,9 @@ def make_datasets(task: TrainTask, config: RunConfig[Any]) -> Sequence[Any]:
         )
     train = config.train
     counts = (train.num_train_samples(), train.num_valid_samples, 0)
-    return task.make_datasets(config.data, tokenizer, counts, train.seed)
+    datasets = task.make_datasets(config.data, tokenizer, counts, train.seed)
+    check_same_order(config, datasets[0])
+    return datasets
 
 
 def use_deterministic_kernels() -> None:

@@ -53,7 +53,7 @@ class Run:
         return self
 
     def __exit__(self, *args: object) -> None:
-        # Workers have sessions of their own, and notice at once that torchrun has gone.
+        # Workers have sessions of their own.
         workers = self.workers()
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -83,6 +83,9 @@ class Run:
             assert self.process.poll() is None, f"the run ended before {what}\n{self.log()}"
             assert time.monotonic() < deadline, f"no {what}\n{self.log()}"
             time.sleep(0.001)
+
+    def until_restarted(self, attempt: int) -> None:
+        self.until("restart", lambda: bool(self.workers(attempt)))
 
     def saving(self) -> bool:
         """Whether a checkpoint is being written."""
@@ -148,8 +151,7 @@ def test_killed_at_random_moments(samples: Path, tmp_path: Path, steps: int, kil
         for attempt in range(kills):
             saving.append(kill_one(killed, attempt, kills, rng))
             died = time.monotonic()
-            following = attempt + 1
-            killed.until("restart", lambda following=following: bool(killed.workers(following)))
+            killed.until_restarted(attempt + 1)
             pauses.append(time.monotonic() - died)
         assert killed.process.wait(120) == 0, killed.log()
     print(f"{kills} kills, {sum(saving)} in mid-save; restarts after {max(pauses):.1f} s at most")

@@ -19,7 +19,7 @@ class Numbered:
 
     def __init__(self, source: int, length: int) -> None:
         self.source, self.length = source, length
-        self.identifiers = {"source": source, "length": length}
+        self.identifiers = self.order = {"source": source, "length": length}
 
     def __len__(self) -> int:
         return self.length

@@ -4,10 +4,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from core.config.parallel import ParallelConfig
 from core.config.train import TrainConfig
 from core.parallel.context import ParallelContext, init_distributed
+from core.parallel.rendezvous import Rendezvous
 from core.testing.distributed import WorkerPool
 from core.training.process import collective_timeout
 
@@ -21,9 +23,9 @@ def _axes_and_groups() -> tuple[bool, int, list[int]]:
     made: list[list[int]] = []
     new_group = dist.new_group
 
-    def counted(ranks: list[int]) -> object:
+    def counted(ranks: list[int], **kwargs: Any) -> object:
         made.append(ranks)
-        return new_group(ranks)
+        return new_group(ranks, **kwargs)
 
     dist.new_group = counted  # type: ignore[assignment]
     try:
@@ -56,6 +58,33 @@ def test_ranks_wait_longer_than_the_watchdog(
 ) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **kwargs: given.update(kwargs))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    init_distributed("cpu", collective_timeout(TrainConfig(hang_timeout_seconds=seconds)))
-    assert given["timeout"] > timedelta(seconds=seconds or 10**6)
+    timeout = collective_timeout(TrainConfig(hang_timeout_seconds=seconds))
+    store = HashStore()
+    init_distributed("cpu", timeout, Rendezvous("start", 1, 2, store))
+    assert given == {
+        "timeout": timeout,
+        "store": store,
+        "rank": 1,
+        "world_size": 2,
+        "device_id": None,
+    }
+    assert timeout > timedelta(seconds=seconds or 10**6)
+
+
+def _timeouts_and_names() -> tuple[list[float], dict[str, tuple[str, tuple[int, ...]]]]:
+    timeout = timedelta(seconds=1234)
+    ctx = ParallelContext.create(ParallelConfig(tp=2), CPU, timeout)
+    made = ctx.new_groups([(0, 3), (1, 2)])
+    groups = [ctx.tp.group, ctx.dp.group, ctx.world.group]
+    groups += [group for ranks, group in made.items() if dist.get_rank() in ranks]
+    backends = [group._get_backend(CPU) for group in groups if group is not None]
+    return [backend.options._timeout.total_seconds() for backend in backends], ctx.describe_groups()
+
+
+def test_all_groups_share_the_time_limit_and_have_names(pool: WorkerPool) -> None:
+    for rank, (timeouts, names) in enumerate(pool.run(_timeouts_and_names, 4)):
+        assert timeouts == [1234.0] * 4
+        tp, dp = (0, 1) if rank < 2 else (2, 3), (rank % 2, rank % 2 + 2)
+        other = (0, 3) if rank in (0, 3) else (1, 2)
+        expected = [("tp", tp), ("dp", dp), ("world", (0, 1, 2, 3)), ("", other)]
+        assert sorted(names.values()) == sorted(expected)

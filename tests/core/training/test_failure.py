@@ -1,8 +1,9 @@
 import json
+import re
 import signal
 import time
 from pathlib import Path
-from threading import Event
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +12,14 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from core.errors import DataError
 from core.training import failure
-from core.training.failure import FailureBoard, SentenceHandler, Watchdog
+from core.training.failure import SAVING, FailureBoard, Patience, SentenceHandler, Watchdog
 from core.training.interrupts import StopRequest
 
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failure, "_AFTER_THE_CAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(failure, "_ANSWER_OF_A_RANK_SECONDS", 1.2)
 
 
 @pytest.fixture
@@ -73,28 +75,67 @@ def test_a_mistake_before_ranks_meet_is_printed_once(
     assert capsys.readouterr().err == ""
 
 
+def watchdog(
+    handler: SentenceHandler, statuses: "Queue[int]", hang: float = 0.0, sigterm: float = 0.0
+) -> Watchdog:
+    return Watchdog(Patience(hang, sigterm), handler, StopRequest(), {}, statuses.put)
+
+
 def test_a_hang_is_named(error_file: Path) -> None:
-    left = Event()
-    watchdog = Watchdog(0.8, SentenceHandler(FailureBoard(4, None)), left.set)
-    watchdog.start()
+    left: Queue[int] = Queue()
+    dog = watchdog(SentenceHandler(FailureBoard(4, None)), left, hang=0.8)
+    dog.start()
     for _ in range(11):  # longer than the limit, but alive
-        watchdog.beat(7, "training")
+        dog.beat(7, "training")
         time.sleep(0.08)
-    assert not left.is_set()
-    watchdog.beat(8, "evaluation")
-    assert left.wait(5.0)
-    watchdog.stop()
-    assert message(error_file).startswith("rank 4 has hung for 1 s in evaluation of step 8")
+    assert left.empty()
+    dog.beat(8, "evaluation")
+    assert left.get(timeout=5.0) == 1
+    dog.stop()
+    assert message(error_file).startswith(
+        "no step was finished for 1 s: rank 4 is in evaluation of step 8, and in no collective; if"
+    )
+
+
+def test_ranks_say_where_they_stand_when_one_asks(error_file: Path) -> None:
+    """Rank 0 finds the hang, rank 1 is alive and answers, rank 2 does not."""
+    store = HashStore()
+    left: Queue[int] = Queue()
+    dogs = [
+        watchdog(SentenceHandler(FailureBoard(rank, store, 3)), left, hang=limit)
+        for rank, limit in ((0, 0.8), (1, 60.0))
+    ]
+    for dog in dogs:
+        dog.start()
+        dog.beat(5, "training")
+    assert [left.get(timeout=10.0), left.get(timeout=10.0)] == [1, 1]
+    for dog in dogs:
+        dog.stop()
+    first = FailureBoard(1, store).read()
+    assert first is not None
+    assert first[0] == 0
+    assert "s: rank 2 does not answer: it is stopped, dead or cut off; if" in first[1]
+
+
+def test_the_second_asks_if_the_first_went_silent(error_file: Path) -> None:
+    store = HashStore()
+    assert FailureBoard(0, store, 2).call_for_states() == 0
+    left: Queue[int] = Queue()
+    dog = watchdog(SentenceHandler(FailureBoard(1, store, 2)), left, hang=0.2)
+    dog.start()
+    assert left.get(timeout=15.0) == 1
+    dog.stop()
+    assert "rank 0 does not answer" in message(error_file)
 
 
 def test_another_rank_failing_ends_this_one() -> None:
     store = HashStore()
-    left = Event()
-    watchdog = Watchdog(0.0, SentenceHandler(FailureBoard(0, store)), left.set)
+    left: Queue[int] = Queue()
+    dog = watchdog(SentenceHandler(FailureBoard(0, store)), left)
     FailureBoard(1, store).post("broken")
-    watchdog.start()
-    assert left.wait(5.0)
-    watchdog.stop()
+    dog.start()
+    assert left.get(timeout=5.0) == 1
+    dog.stop()
 
 
 def test_a_store_that_is_gone_ends_nothing() -> None:
@@ -102,27 +143,43 @@ def test_a_store_that_is_gone_ends_nothing() -> None:
         raise RuntimeError("connection refused")
 
     board = FailureBoard(0, SimpleNamespace(check=gone, compare_set=gone))  # type: ignore[arg-type]
-    left = Event()
-    watchdog = Watchdog(0.0, SentenceHandler(board), left.set)
-    watchdog.start()
-    assert not left.wait(1.5)
-    watchdog.stop()
+    left: Queue[int] = Queue()
+    dog = watchdog(SentenceHandler(board), left)
+    dog.start()
+    time.sleep(1.5)
+    assert left.empty()
+    dog.stop()
     assert board.post("broken") == (0, "broken")
 
 
-def test_stop_requests_take_over_signals_and_give_them_back() -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+def test_a_hang_is_named_without_a_store(error_file: Path) -> None:
+    def gone(*args: Any) -> None:
+        raise RuntimeError("connection refused")
+
+    board = FailureBoard(1, SimpleNamespace(check=gone, compare_set=gone), 2)  # type: ignore[arg-type]
+    left: Queue[int] = Queue()
+    dog = watchdog(SentenceHandler(board), left, hang=0.4)
+    dog.start()
+    assert left.get(timeout=5.0) == 1
+    dog.stop()
+    assert "rank 1 is in start of step 0" in message(error_file)
+
+
+@pytest.mark.parametrize("phase", ["training", SAVING])
+def test_a_border_that_is_not_reached_after_sigterm(error_file: Path, phase: str) -> None:
+    """The main thread is stuck; a save that has begun is left alone."""
+    left: Queue[int] = Queue()
     with StopRequest() as stop:
-        assert stop.reason is None
-        signal.raise_signal(signal.SIGINT)
-        assert stop.reason == "SIGINT"
-        signal.raise_signal(signal.SIGINT)  # the same key press, passed on by torchrun
-        stop._signalled_at -= 10.0
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
-def test_the_time_limit_is_a_reason() -> None:
-    assert StopRequest(60.0).reason is None
-    assert StopRequest(0.0).reason == "the time limit of 0.0 minutes"
+        handler = SentenceHandler(FailureBoard(2, None))
+        dog = Watchdog(Patience(0.0, 0.5), handler, stop, {}, left.put)
+        dog.start()
+        dog.beat(3, phase)
+        signal.raise_signal(signal.SIGTERM)
+        if phase == SAVING:
+            time.sleep(1.2)
+            assert left.empty()
+        else:
+            assert left.get(timeout=5.0) == 143
+            text = message(error_file)
+            assert re.match("rank 2 could not save within . s of SIGTERM, being in training", text)
+        dog.stop()
