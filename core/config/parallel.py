@@ -104,8 +104,8 @@ def _sequence_parallel_needs_tp(config: ParallelConfig) -> None:
 def _fsdp2_has_one_stage(config: ParallelConfig) -> None:
     if config.data_parallel == "fsdp2" and config.pp > 1:
         raise ConfigError(
-            f"--parallel.data-parallel fsdp2 with --parallel.pp {config.pp} would gather every "
-            "layer once more for each microbatch of the pipeline: use zero1 or pp 1"
+            "--parallel.data-parallel fsdp2 gathers every layer in every microbatch, of which "
+            f"--parallel.pp {config.pp} needs many: use zero1, or set pp to 1"
         )
 
 

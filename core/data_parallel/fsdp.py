@@ -8,6 +8,7 @@ microbatch and added, in place, to `main_grad`, to which `.grad` has been set be
 """
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ from core.data_parallel.regions import Fragment, Region, cut_fragments
 from core.parallel.context import Axis, ParallelContext
 from core.parallel.sharding import DeclaredParameter, declared_parameters
 from core.transformer.stack import LayerStack
+
+# It warns of views as outputs, which may not be changed in place. Nothing here does.
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
 @dataclass(frozen=True)

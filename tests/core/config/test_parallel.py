@@ -23,6 +23,26 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "--parallel.sequence-parallel does nothing with --parallel.tp 1",
     ),
     (
+        "_fsdp2_has_one_stage",
+        {"data_parallel": "fsdp2", "pp": 2},
+        "fsdp2 gathers every layer in every microbatch, of which --parallel.pp 2 needs many",
+    ),
+    (
+        "_data_parallel_knobs_do_something",
+        {"data_parallel": "replicated", "overlap_param_gather": False},
+        "no-overlap-param-gather does nothing with --parallel.data-parallel replicated",
+    ),
+    (
+        "_data_parallel_knobs_do_something",
+        {"data_parallel": "fsdp2", "overlap_grad_reduce": False},
+        "no-overlap-grad-reduce does nothing with --parallel.data-parallel fsdp2",
+    ),
+    (
+        "_data_parallel_knobs_do_something",
+        {"data_parallel": "fsdp2", "bucket_mib": 50},
+        "--parallel.bucket-mib 50 does nothing with --parallel.data-parallel fsdp2",
+    ),
+    (
         "_recompute_knobs_do_something",
         {"recompute": RecomputeConfig(granularity="selective")},
         "selective needs --parallel.recompute.modules, some of core_attention, mlp, norm",
@@ -52,6 +72,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
 SOUND: list[dict[str, Any]] = [
     {},
     {"tp": 4, "sequence_parallel": True, "dp": 2},
+    {"data_parallel": "fsdp2", "tp": 2, "sequence_parallel": True},
+    {"data_parallel": "replicated", "bucket_mib": 50, "overlap_grad_reduce": False},
     {"recompute": RecomputeConfig(granularity="selective", modules=("core_attention",))},
     {"recompute": RecomputeConfig(granularity="full")},
     {"recompute": RecomputeConfig(granularity="full", method="block", num_layers=3)},

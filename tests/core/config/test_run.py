@@ -76,11 +76,23 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         {"train": TrainConfig(eval_interval=5), "data": data(test=("other",))},
         "--train.eval-interval 5 has no data",
     ),
+    (
+        "_master_weights_are_kept",
+        {
+            "parallel": ParallelConfig(data_parallel="fsdp2"),
+            "precision": PrecisionConfig(master_weights="remainder"),
+        },
+        "--precision.master-weights remainder does nothing with --parallel.data-parallel fsdp2",
+    ),
 ]
 
 SOUND: list[dict[str, Any]] = [
     {},
     {"parallel": ParallelConfig(tp=4, sequence_parallel=True, dp=2)},
+    {
+        "parallel": ParallelConfig(data_parallel="fsdp2"),
+        "precision": PrecisionConfig(moments="bf16"),
+    },
     {"train": TrainConfig(save_interval=5), "save": "out"},
     {"train": TrainConfig(eval_interval=5)},
     {"train": TrainConfig(eval_interval=5), "data": data(valid=("other",))},
