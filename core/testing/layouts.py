@@ -3,17 +3,16 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from core.parallel.context import ParallelContext
 from core.parallel.placement import initialize_parameters
 from core.parallel.random import Init
 from core.parallel.sharding import Box, BoxCopy, DeclaredParameter, declared_parameters, whole_copy
-from core.testing.parity import assemble, gather_whole
+from core.testing.parity import assemble, everyone, gather_whole
 
 Cut = Literal["alike", "sequence", "last"]
 """What an activation is over tp. alike: whole on every rank; sequence: cut along dim 0 under
@@ -88,16 +87,8 @@ def run_case(case: LayerCase, ctx: ParallelContext) -> dict[str, Tensor]:
         for name, whole_shape, parts, values in results
         for copy in parts
     ]
-    found = assemble(_everyone(mine, ctx))
+    found = assemble(everyone(mine, ctx))
     return found | gather_whole(parameters, ctx, gradients, sum_partial=True)
-
-
-def _everyone(mine: Any, ctx: ParallelContext) -> list[Any]:
-    everyone: list[Any] = [mine]
-    if ctx.world.size > 1:
-        everyone = [None] * ctx.world.size
-        dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _cut_dim(cut: Cut, dims: int, ctx: ParallelContext) -> int | None:
@@ -133,7 +124,7 @@ def _output_copies(
 
     copies = tuple(BoxCopy(features(c.local), features(c.global_), c.grad) for c in output)
     ends = [c.global_.start[0] + c.global_.shape[0] for c in output]
-    return (*lead, max(max(rank, default=0) for rank in _everyone(ends, ctx))), copies
+    return (*lead, max(max(rank, default=0) for rank in everyone(ends, ctx))), copies
 
 
 def _loss_weights(
@@ -144,7 +135,7 @@ def _loss_weights(
     """
     whole = torch.arange(1, torch.Size(shape).numel() + 1, dtype=output.dtype).view(shape).cos()
     boxes = [copy.global_ for copy in copies]
-    held = [box for rank in _everyone(boxes, ctx) for box in rank]
+    held = [box for rank in everyone(boxes, ctx) for box in rank]
     weights = torch.zeros_like(output)
     for copy in copies:
         share = 1 / held.count(copy.global_) if copy.grad == "partial" else 1.0

@@ -2,13 +2,14 @@
 compare.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from core.data_parallel.regions import DataParallel, Fragment
 from core.parallel.context import ParallelContext
 from core.parallel.sharding import DeclaredParameter
 
@@ -70,23 +71,66 @@ def gather_whole(
         for name, d in parameters.items()
         for copy in d.sharding.copies
     ]
-    everyone: list[Any] = [mine]
-    if ctx.world.size > 1:
-        everyone = [None] * ctx.world.size
-        dist.all_gather_object(everyone, mine)
+    parts = everyone(mine, ctx)
     if sum_partial:
-        everyone = _sum_partial(everyone, ctx)
-    return assemble([[part[:4] for part in rank] for rank in everyone])
+        parts = _sum_partial(parts, ctx)
+    return assemble([[part[:4] for part in rank] for rank in parts])
 
 
-def _sum_partial(everyone: list[Any], ctx: ParallelContext) -> list[Any]:
+def gather_fragments(
+    pieces: Iterable[tuple[Fragment, Tensor]], ctx: ParallelContext
+) -> dict[str, Tensor]:
+    """Whole tensors, on every rank, of something that each rank has for its own fragments only
+    (optimizer state, say).
+
+    Args:
+        pieces: this rank's fragments, each with a tensor of its shape.
+        ctx: the process axes.
+    """
+    mine = [
+        (
+            fragment.name,
+            fragment.global_shape,
+            copy.global_,
+            tensor[copy.local.slices].clone().cpu(),
+        )
+        for fragment, tensor in pieces
+        for copy in fragment.copies
+    ]
+    return assemble(everyone(mine, ctx))
+
+
+def gather_regions(data_parallel: DataParallel, ctx: ParallelContext) -> dict[str, Tensor]:
+    """Whole gradients, on every rank, to be called after `finish` and the sum of partial
+    gradients.
+    """
+    return gather_fragments(
+        (
+            (fragment, fragment.view(region.main_grad))
+            for region in data_parallel.regions
+            for fragment in region.fragments
+        ),
+        ctx,
+    )
+
+
+def everyone(mine: Any, ctx: ParallelContext) -> list[Any]:
+    """An object of every rank of the world."""
+    if ctx.world.size == 1:
+        return [mine]
+    found: list[Any] = [None] * ctx.world.size
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def _sum_partial(parts: list[Any], ctx: ParallelContext) -> list[Any]:
     """Sum over dp replicas, and over the holders of a partial box, with nothing but the
     declarations.
     """
     totals: dict[Any, Tensor] = {}
     counts: dict[Any, int] = {}
     replicas = ctx.dp.size
-    for rank in everyone:
+    for rank in parts:
         for name, _, box, values, _grad in rank:
             totals[name, box] = totals.get((name, box), 0) + values
             counts[name, box] = counts.get((name, box), 0) + 1
@@ -99,7 +143,7 @@ def _sum_partial(everyone: list[Any], ctx: ParallelContext) -> list[Any]:
 
     return [
         [(name, shape, box, value(name, box, grad), grad) for name, shape, box, _, grad in rank]
-        for rank in everyone
+        for rank in parts
     ]
 
 

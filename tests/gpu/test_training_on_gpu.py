@@ -14,7 +14,7 @@ from core.config.optimizer import OptimizerConfig
 from core.config.parallel import ParallelConfig
 from core.config.precision import PrecisionConfig
 from core.config.transformer import TransformerConfig
-from core.data_parallel.buffers import GradBuffers
+from core.data_parallel.modes import make_data_parallel
 from core.optim.gradients import check_copies_agree, publish_sharing
 from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext
@@ -50,9 +50,9 @@ class _Run:
         self.parameters = declared_parameters(self.model)
         initialize_parameters(self.parameters, seed=1)
         sharing = publish_sharing(self.parameters, ctx)
-        self.buffers = GradBuffers(self.parameters, ctx, bucket_mib=1, overlap=True)
+        self.data_parallel = make_data_parallel(self.model, ctx, config)
         self.optimizer = OptimizerStep(
-            self.buffers,
+            self.data_parallel,
             sharing,
             ctx,
             OptimizerConfig(lr=1e-3),
@@ -68,7 +68,7 @@ class _Run:
         for i in range(2):
             sample = (i * dp.size + dp.rank) * size
             tokens = self.tokens[sample : sample + size]
-            self.buffers.begin_microbatch(is_last=i == 1)
+            self.data_parallel.begin_microbatch(is_last=i == 1)
             losses = self.model(tokens[:, :-1], tokens[:, 1:], DropoutKey(1, number, sample))
             loss = losses.sum() / (4 * 128)
             loss.backward()
@@ -86,6 +86,7 @@ def _losses(device: str, dtype: str, config: ParallelConfig, steps: int = 5) -> 
     losses = torch.stack([run.step(number) for number in range(steps)])
     if run.ctx.dp.group is not None:
         torch.distributed.all_reduce(losses, group=run.ctx.dp.group)
+    run.data_parallel.wait_for_parameters()
     check_copies_agree(run.parameters, run.ctx)
     return [float(x) for x in losses]
 

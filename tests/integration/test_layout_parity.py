@@ -4,6 +4,7 @@ three optimizer steps."""
 import dataclasses
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Literal
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from core.config.optimizer import OptimizerConfig
 from core.config.parallel import ParallelConfig, RecomputeConfig
 from core.config.precision import PrecisionConfig
 from core.config.transformer import RopeConfig, TransformerConfig
-from core.data_parallel.buffers import GradBuffers
+from core.data_parallel.modes import make_data_parallel
 from core.optim.gradients import ReplicaGradients, check_copies_agree, publish_sharing
 from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext
@@ -21,9 +22,10 @@ from core.parallel.placement import Placement, initialize_parameters
 from core.parallel.random import DropoutKey, Init
 from core.parallel.sharding import DeclaredParameter, declared_parameters
 from core.testing.distributed import WorkerPool
-from core.testing.parity import assert_close, gather_whole
+from core.testing.parity import assert_close, gather_regions, gather_whole
 from models.llama.model import build_llama
 
+DataParallelMode = Literal["zero1", "replicated"]
 GLOBAL_BATCH, MICROBATCHES, SEQUENCE = 8, 2, 16
 TOLERANCE = 1e-9
 
@@ -86,6 +88,7 @@ class Layout:
     tp: int = 1
     dp: int = 1
     sp: bool = False
+    mode: DataParallelMode = "zero1"
 
     @property
     def size(self) -> int:
@@ -125,7 +128,9 @@ def _randomized(parameters: dict[str, DeclaredParameter]) -> dict[str, DeclaredP
 
 class _Run:
     def __init__(self, case: Case, layout: Layout) -> None:
-        config = ParallelConfig(tp=layout.tp, sequence_parallel=layout.sp)
+        config = ParallelConfig(
+            tp=layout.tp, sequence_parallel=layout.sp, data_parallel=layout.mode, bucket_mib=1
+        )
         self.case = case
         self.ctx = ctx = ParallelContext.create(config, torch.device("cpu"))
         assert (ctx.tp.size, ctx.dp.size) == (layout.tp, layout.dp)
@@ -134,10 +139,11 @@ class _Run:
         self.parameters = declared_parameters(self.model)
         initialize_parameters(_randomized(self.parameters), seed=3)
         sharing = publish_sharing(self.parameters, ctx)
-        self.buffers = GradBuffers(self.parameters, ctx, bucket_mib=1, overlap=True)
-        self.gradients = ReplicaGradients(self.buffers, sharing, ctx)
+        self.data_parallel = make_data_parallel(self.model, ctx, config)
+        regions, counted = self.data_parallel.regions, self.data_parallel.counted
+        self.gradients = ReplicaGradients(regions, counted, sharing, ctx)
         self.optimizer = OptimizerStep(
-            self.buffers,
+            self.data_parallel,
             sharing,
             ctx,
             OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_grad=0.5),
@@ -153,7 +159,7 @@ class _Run:
         for i in range(MICROBATCHES):
             sample = (i * dp.size + dp.rank) * size
             at = slice(sample, sample + size)
-            self.buffers.begin_microbatch(is_last=i == MICROBATCHES - 1)
+            self.data_parallel.begin_microbatch(is_last=i == MICROBATCHES - 1)
             key = DropoutKey(5, step, sample)
             losses = self.model(tokens[at], labels[at], key, self.case.label_smoothing)
             loss = torch.where(mask[at], losses, 0.0).sum() / mask.sum()
@@ -165,15 +171,17 @@ class _Run:
 
     def outcome(self) -> Outcome:
         first = self.backward(0)
-        self.buffers.finish()
+        self.data_parallel.finish()
         self.gradients.reduce_partial()
-        main_grads = {n: d.parameter.main_grad for n, d in self.parameters.items()}  # type: ignore[attr-defined]
-        gradients = gather_whole(self.parameters, self.ctx, main_grads)
-        self.buffers.zero()
+        gradients = gather_regions(self.data_parallel, self.ctx)
+        for region in self.data_parallel.regions:
+            region.main_grad.zero_()
+        self.data_parallel.zero()
         losses, norms = [first], []
         for step in range(self.case.steps):
             losses.append(self.backward(step))
             norms.append(self.optimizer.step(1e-2, 0.1).grad_norm.item())
+        self.data_parallel.wait_for_parameters()
         check_copies_agree(self.parameters, self.ctx)
         values = {n: d.parameter.data for n, d in self.parameters.items()}
         return Outcome(losses, gradients, gather_whole(self.parameters, self.ctx, values), norms)
@@ -219,7 +227,7 @@ LAYOUTS = [
     for dp in (1, 2, 4)
     for sp in ((False, True) if tp > 1 else (False,))
     if 1 < tp * dp <= 8
-]
+] + [Layout(1, 4, mode="replicated"), Layout(2, 2, True, mode="replicated")]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -20,7 +20,7 @@ from core.config.transformer import TransformerConfig
 from core.optim.gradients import check_copies_agree
 from core.parallel.context import ParallelContext
 from core.testing.distributed import WorkerPool
-from core.testing.parity import gather_whole
+from core.testing.parity import gather_fragments, gather_whole
 from core.training.trainer import Trainer
 from models.llama.train import llama_task
 
@@ -70,15 +70,15 @@ def _config(save: Path, dtype: Dtype, tp: int, legs: int, leg: int) -> RunConfig
 
 def _everything(trainer: Trainer, ctx: ParallelContext) -> dict[str, Tensor]:
     parameters = trainer.state.parameters
+    trainer.state.data_parallel.wait_for_parameters()
     check_copies_agree(parameters, ctx)
-    values = {"parameter": {name: d.parameter.data for name, d in parameters.items()}}
-    for state in trainer.optimizer.state_tensors():
-        values.setdefault(state.name, {})[state.sharding.name] = state.tensor
-    return {
-        f"{kind} {name}": tensor
-        for kind, tensors in values.items()
-        for name, tensor in gather_whole(parameters, ctx, tensors).items()
-    }
+    values = {n: d.parameter.data for n, d in parameters.items()}
+    found = {"parameter": gather_whole(parameters, ctx, values)}
+    states = list(trainer.optimizer.state_tensors())
+    for kind in sorted({state.name for state in states}):
+        pieces = ((state.fragment, state.tensor) for state in states if state.name == kind)
+        found[kind] = gather_fragments(pieces, ctx)
+    return {f"{kind} {name}": x for kind, whole in found.items() for name, x in whole.items()}
 
 
 def _leg(config: RunConfig[TransformerConfig]) -> Leg:

@@ -75,6 +75,8 @@ SOUND: list[dict[str, Any]] = [
     {"data_parallel": "fsdp2", "tp": 2, "sequence_parallel": True},
     {"data_parallel": "replicated", "bucket_mib": 50, "overlap_grad_reduce": False},
     {"recompute": RecomputeConfig(granularity="selective", modules=("core_attention",))},
+    {"data_parallel": "replicated"},
+    {"overlap_param_gather": False},
     {"recompute": RecomputeConfig(granularity="full")},
     {"recompute": RecomputeConfig(granularity="full", method="block", num_layers=3)},
 ]

@@ -20,6 +20,21 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("_loss_scale_can_work", {"dtype": "fp16", "initial_loss_scale": -1.0}, "scale -1.0: they"),
     ("_loss_scale_can_work", {"dtype": "fp16", "initial_loss_scale": math.inf}, "scale inf"),
     ("_loss_scale_can_work", {"dtype": "fp16", "initial_loss_scale": math.nan}, "scale nan"),
+    (
+        "_memory_formats_save_something",
+        {"dtype": "fp16", "master_weights": "remainder"},
+        "--precision.master-weights remainder completes bf16 parameters, those of .*dtype fp16",
+    ),
+    (
+        "_memory_formats_save_something",
+        {"dtype": "fp32", "master_weights": "remainder"},
+        "dtype fp32 have another format",
+    ),
+    (
+        "_memory_formats_save_something",
+        {"dtype": "fp64", "moments": "bf16"},
+        "--precision.moments bf16 does not fit --precision.dtype fp64",
+    ),
 ]
 
 
@@ -42,6 +57,8 @@ def test_every_rule_has_a_broken_case() -> None:
     [
         {},
         {"dtype": "fp32"},
+        {"dtype": "fp32", "moments": "bf16"},
+        {"dtype": "bf16", "master_weights": "remainder", "moments": "bf16"},
         {"dtype": "fp64"},
         {"dtype": "fp16"},
         {"dtype": "fp16", "initial_loss_scale": 4.0, "loss_scale_window": 1},

@@ -2,11 +2,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from core.config.parallel import ParallelConfig
-from core.data_parallel.buffers import ALIGNMENT, GradBuffers
+from core.data_parallel.buffers import GradBuffers
+from core.data_parallel.regions import ALIGNMENT
 from core.parallel.context import ParallelContext
 from core.parallel.random import normal_init
 from core.parallel.sharding import (
@@ -16,6 +16,7 @@ from core.parallel.sharding import (
     whole_copy,
 )
 from core.testing.distributed import WorkerPool
+from core.testing.parity import gather_regions
 
 CPU = torch.device("cpu")
 MICROBATCHES = 2
@@ -68,8 +69,11 @@ class _Toy(nn.Module):
         return _Accumulate.apply(x, self.table).logsumexp(-1).sum()
 
 
-def _buffers(model: nn.Module, ctx: ParallelContext, overlap: bool) -> GradBuffers:
-    return GradBuffers(declared_parameters(model), ctx, bucket_mib=1, overlap=overlap)
+def _buffers(
+    model: nn.Module, ctx: ParallelContext, overlap: bool = True, sharded: bool = True
+) -> GradBuffers:
+    parameters = declared_parameters(model)
+    return GradBuffers(parameters, ctx, bucket_mib=1, sharded=sharded, overlap_reduce=overlap)
 
 
 def _tokens(step: int, rank: int, microbatch: int) -> Tensor:
@@ -90,10 +94,14 @@ def _plain_gradients(step: int, ranks: int, skip_first_on: int | None = None) ->
 
 
 def _run_steps(
-    model: nn.Module, buffers: GradBuffers, rank: int, skip_first_on: int | None = None
+    model: nn.Module,
+    buffers: GradBuffers,
+    ctx: ParallelContext,
+    skip_first_on: int | None = None,
 ) -> tuple[list[dict[str, Tensor]], list[int]]:
-    """Gradients of three steps, and how many buckets had started before `finish`."""
+    """Whole gradients of three steps, and how many buckets had started before `finish`."""
     gradients, started = [], []
+    rank, whole = ctx.dp.rank, buffers.counted == ctx.model
     for step in range(3):
         for microbatch in range(MICROBATCHES):
             buffers.begin_microbatch(is_last=microbatch == MICROBATCHES - 1)
@@ -101,14 +109,19 @@ def _run_steps(
             model(_tokens(step, rank, microbatch), skip_first=skip).backward()
         started.append(buffers._started)
         buffers.finish()
-        gradients.append({n: p.main_grad.clone() for n, p in model.named_parameters()})  # type: ignore[attr-defined]
+        gradients.append(gather_regions(buffers, ctx))
+        for name, parameter in model.named_parameters() if whole else ():
+            assert torch.equal(parameter.main_grad, gradients[-1][name])  # type: ignore[attr-defined]
+        for region in buffers.regions:
+            region.main_grad.zero_()
         buffers.zero()
+        assert all(torch.count_nonzero(b.main_grad) == 0 for b in buffers.buckets)
     return gradients, started
 
 
 def test_buckets_hold_parameters_in_reverse_order_aligned_with_zero_gaps() -> None:
     model, before = _Toy(), _Toy().state_dict()
-    buffers = _buffers(model, ParallelContext.single(), True)
+    buffers = _buffers(model, ParallelContext.single())
     names = [[slot.sharding.name for slot in bucket.slots] for bucket in buffers.buckets]
     assert names == [["scale"], ["second", "first", "unused", "table"]]
     assert [bucket.weight_decay for bucket in buffers.buckets] == [False, True]
@@ -126,7 +139,7 @@ def test_buckets_hold_parameters_in_reverse_order_aligned_with_zero_gaps() -> No
 def test_bucket_size_dtype_and_frozen_parameters() -> None:
     model = nn.ModuleDict({"a": _Toy(torch.bfloat16), "b": _Toy(torch.float64)})
     model["a"].get_parameter("unused").requires_grad_(False)
-    buffers = _buffers(model, ParallelContext.single(), True)
+    buffers = _buffers(model, ParallelContext.single())
     assert {b.values.dtype: b.main_grad.dtype for b in buffers.buckets} == {
         torch.bfloat16: torch.float32,
         torch.float64: torch.float64,
@@ -134,7 +147,7 @@ def test_bucket_size_dtype_and_frozen_parameters() -> None:
     assert all(len({s.sharding.name[0] for s in b.slots}) == 1 for b in buffers.buckets)
     assert not hasattr(model["a"].get_parameter("unused"), "main_grad")
     with pytest.raises(ValueError, match=r"a.table already has a gradient buffer"):
-        _buffers(model, ParallelContext.single(), True)
+        _buffers(model, ParallelContext.single())
 
 
 def test_large_parameters_are_put_in_their_own_bucket() -> None:
@@ -142,7 +155,7 @@ def test_large_parameters_are_put_in_their_own_bucket() -> None:
     for name, rows in (("a", 8), ("big", 3000), ("b", 1024), ("c", 1000), ("d", 40)):
         declaration = Declaration((rows, 128), whole_copy((rows, 128)), normal_init(1.0))
         declare_parameter(model, name, (rows, 128), declaration, dtype=torch.float32, device=CPU)
-    buffers = _buffers(model, ParallelContext.single(), True)  # 1 MiB: 2048 rows of 128
+    buffers = _buffers(model, ParallelContext.single())  # 1 MiB: 2048 rows of 128
     names = [[slot.sharding.name for slot in bucket.slots] for bucket in buffers.buckets]
     assert names == [["d", "c"], ["b"], ["big"], ["a"]]
 
@@ -150,8 +163,8 @@ def test_large_parameters_are_put_in_their_own_bucket() -> None:
 @pytest.mark.parametrize("overlap", [True, False])
 def test_gradients_are_those_of_autograd(overlap: bool) -> None:
     model = _Toy(torch.float64)
-    buffers = _buffers(model, ParallelContext.single(), overlap)
-    gradients, started = _run_steps(model, buffers, 0)
+    ctx = ParallelContext.single()
+    gradients, started = _run_steps(model, _buffers(model, ctx, overlap), ctx)
     for step, found in enumerate(gradients):
         expected = _plain_gradients(step, 1)
         for name in expected:
@@ -162,7 +175,7 @@ def test_gradients_are_those_of_autograd(overlap: bool) -> None:
 
 def test_gradient_after_the_reduction_names_the_parameter() -> None:
     model = _Toy()
-    buffers = _buffers(model, ParallelContext.single(), True)
+    buffers = _buffers(model, ParallelContext.single())
     for _ in range(2):
         buffers.begin_microbatch(is_last=True)
         model(_tokens(0, 0, 0)).backward()
@@ -176,7 +189,7 @@ def test_gradient_after_the_reduction_names_the_parameter() -> None:
 
 def test_gradient_after_finish_names_the_parameter() -> None:
     model = _Toy()
-    buffers = _buffers(model, ParallelContext.single(), False)
+    buffers = _buffers(model, ParallelContext.single(), overlap=False)
     buffers.begin_microbatch(is_last=True)
     buffers.finish()
     with pytest.raises(RuntimeError, match=r"table: a gradient arrived after"):
@@ -186,28 +199,34 @@ def test_gradient_after_finish_names_the_parameter() -> None:
 
 
 def _train(
-    overlap: bool, dtype: torch.dtype, skip_first_on: int | None
+    overlap: bool, sharded: bool, dtype: torch.dtype, skip_first_on: int | None
 ) -> tuple[list[dict[str, Tensor]], list[int]]:
     ctx = ParallelContext.create(ParallelConfig(), CPU)
     model = _Toy(dtype)
-    return _run_steps(model, _buffers(model, ctx, overlap), dist.get_rank(), skip_first_on)
+    return _run_steps(model, _buffers(model, ctx, overlap, sharded), ctx, skip_first_on)
 
 
 @pytest.mark.parametrize("skip_first_on", [None, 1])
-def test_sum_over_ranks_is_right(pool: WorkerPool, skip_first_on: int | None) -> None:
+@pytest.mark.parametrize(("sharded", "dp"), [(True, 2), (True, 3), (False, 2)])
+def test_sum_over_ranks_is_right(
+    pool: WorkerPool, sharded: bool, dp: int, skip_first_on: int | None
+) -> None:
     """The second case leaves a weight unused on one rank from the second step on."""
-    results = pool.run(_train, 2, True, torch.float64, skip_first_on)
+    results = pool.run(_train, dp, True, sharded, torch.float64, skip_first_on)
     for gradients, _ in results:
         for step, found in enumerate(gradients):
-            expected = _plain_gradients(step, 2, skip_first_on)
+            expected = _plain_gradients(step, dp, skip_first_on)
             for name in expected:
                 torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
     assert results[0][1] == [0, 2, 2]
     assert results[1][1] == ([0, 2, 2] if skip_first_on is None else [0, 1, 1])
 
 
-def test_overlap_changes_no_bit(pool: WorkerPool) -> None:
-    results = [pool.run(_train, 2, overlap, torch.float32, None) for overlap in (True, False)]
+@pytest.mark.parametrize("sharded", [True, False])
+def test_overlap_changes_no_bit(pool: WorkerPool, sharded: bool) -> None:
+    results = [
+        pool.run(_train, 2, overlap, sharded, torch.float32, None) for overlap in (True, False)
+    ]
     first = results[0][0][0]
     for gradients, _ in (*results[0], *results[1]):
         for step, found in enumerate(gradients):

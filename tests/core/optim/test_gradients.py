@@ -28,9 +28,10 @@ from core.parallel.sharding import (
     whole_copy,
 )
 from core.testing.distributed import WorkerPool
+from core.testing.parity import gather_regions
 
 CPU = torch.device("cpu")
-LAYOUTS = [(2, 1), (1, 2), (2, 2), (4, 1)]
+LAYOUTS = [(2, 1), (1, 2), (2, 2), (4, 1), (1, 3)]
 
 
 class _Toy(nn.Module):
@@ -74,20 +75,20 @@ def _boxes(model: nn.Module, sharing: Sharing) -> Iterator[tuple[nn.Parameter, S
         yield model.get_parameter(box.name), box
 
 
-def _make(tp: int) -> tuple[ParallelContext, _Toy, GradBuffers, Sharing]:
+def _make(tp: int, sharded: bool) -> tuple[ParallelContext, _Toy, GradBuffers, Sharing]:
     ctx = ParallelContext.create(ParallelConfig(tp=tp), CPU)
     model = _Toy(ctx)
     parameters = declared_parameters(model)
     initialize_parameters(parameters, seed=1)
     sharing = publish_sharing(parameters, ctx)
-    return ctx, model, GradBuffers(parameters, ctx, 1, True), sharing
+    return ctx, model, GradBuffers(parameters, ctx, bucket_mib=1, sharded=sharded), sharing
 
 
-def _reduce(tp: int) -> tuple[float, list[tuple[str, int, tuple[int, ...]]]]:
+def _reduce(tp: int, sharded: bool) -> tuple[float, list[tuple[str, int, tuple[int, ...]]]]:
     """Give every box its gradient (a part, where it is partial), reduce, check; the norm, and who
     owns what.
     """
-    ctx, model, buffers, sharing = _make(tp)
+    ctx, model, buffers, sharing = _make(tp, sharded)
     shapes = {n: d.sharding.global_shape for n, d in declared_parameters(model).items()}
     for parameter, box in _boxes(model, sharing):
         whole = _global_gradient(box.name, shapes[box.name], ctx.dp.rank)[box.copy.global_.slices]
@@ -96,30 +97,32 @@ def _reduce(tp: int) -> tuple[float, list[tuple[str, int, tuple[int, ...]]]]:
             whole = whole * (weights / weights.sum())[box.ranks.index(sharing.rank)]
         parameter.main_grad[box.copy.local.slices] += whole  # type: ignore[attr-defined]
     buffers.finish()
-    gradients = ReplicaGradients(buffers, sharing, ctx)
+    gradients = ReplicaGradients(buffers.regions, buffers.counted, sharing, ctx)
     gradients.reduce_partial()
     norm = gradients.norm()
-    for parameter, box in _boxes(model, sharing):
-        expected = sum(
-            _global_gradient(box.name, shapes[box.name], dp)[box.copy.global_.slices]
-            for dp in range(ctx.dp.size)
-        )
-        found: Tensor = parameter.main_grad[box.copy.local.slices]  # type: ignore[attr-defined]
+    reduced = gather_regions(buffers, ctx)
+    assert reduced.keys() == shapes.keys()
+    for name, found in reduced.items():
+        expected = sum(_global_gradient(name, shapes[name], dp) for dp in range(ctx.dp.size))
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-        found.zero_()
-    assert all(torch.count_nonzero(bucket.main_grad) == 0 for bucket in buffers.buckets)
+    for region in buffers.regions:
+        for fragment in region.fragments:
+            for copy in fragment.copies:
+                fragment.view(region.main_grad)[copy.local.slices] = 0.0
+        assert torch.count_nonzero(region.main_grad) == 0
     return float(norm), [(box.name, box.owner, box.ranks) for box in sharing.boxes]
 
 
+@pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize(("tp", "dp"), LAYOUTS)
 def test_partial_sums_and_norm_are_those_of_whole_tensors(
-    pool: WorkerPool, tp: int, dp: int
+    pool: WorkerPool, tp: int, dp: int, sharded: bool
 ) -> None:
     expected = torch.zeros((), dtype=torch.float64)
     for name, declared in declared_parameters(_Toy(ParallelContext.single())).items():
         shape = declared.sharding.global_shape
         expected += sum(_global_gradient(name, shape, rank) for rank in range(dp)).square().sum()  # type: ignore[union-attr]
-    results = pool.run(_reduce, tp * dp, tp)
+    results = pool.run(_reduce, tp * dp, tp, sharded)
     for norm, _ in results:
         assert norm == pytest.approx(float(expected.sqrt()), rel=1e-12)
         assert norm == results[0][0]
@@ -133,10 +136,10 @@ def test_one_process_needs_no_group() -> None:
     sharing = publish_sharing(parameters, ctx)
     assert sharing.groups == {}
     assert all(sharing.owns(box) and box.ranks == (0,) for box in sharing.boxes)
-    buffers = GradBuffers(parameters, ctx, 1, True)
+    buffers = GradBuffers(parameters, ctx, bucket_mib=1)
     for bucket in buffers.buckets:
         bucket.main_grad.copy_(bucket.values)
-    gradients = ReplicaGradients(buffers, sharing, ctx)
+    gradients = ReplicaGradients(buffers.regions, buffers.counted, sharing, ctx)
     gradients.reduce_partial()
     expected = sum(float(p.detach().square().sum()) for p in model.parameters()) ** 0.5
     assert float(gradients.norm()) == pytest.approx(expected, rel=1e-13)
@@ -145,7 +148,7 @@ def test_one_process_needs_no_group() -> None:
 
 
 def test_holders_are_known_in_every_replica(pool: WorkerPool) -> None:
-    results = pool.run(_reduce, 4, 2)
+    results = pool.run(_reduce, 4, 2, True)
     for rank, (_, boxes) in enumerate(results):
         replica = (0, 1) if rank < 2 else (2, 3)
         for name, owner, ranks in boxes:
@@ -168,8 +171,10 @@ def test_norm_neither_overflows_nor_loses_small_terms() -> None:
         device=CPU,
     )
     parameters = declared_parameters(model)
-    buffers = GradBuffers(parameters, ctx, 1, True)
-    gradients = ReplicaGradients(buffers, publish_sharing(parameters, ctx), ctx)
+    buffers = GradBuffers(parameters, ctx, bucket_mib=1)
+    gradients = ReplicaGradients(
+        buffers.regions, buffers.counted, publish_sharing(parameters, ctx), ctx
+    )
     buffers.buckets[0].main_grad.fill_(1e30)
     gap = buffers.buckets[0].main_grad.numel() - 300_000
     buffers.buckets[0].main_grad[300_000:] = 0.0
@@ -208,7 +213,7 @@ def test_holders_must_declare_one_gradient_kind(pool: WorkerPool) -> None:
 
 
 def _compare_copies(tp: int, spoiled: int | None) -> str:
-    ctx, model, _, sharing = _make(tp)
+    ctx, model, _, sharing = _make(tp, True)
     if sharing.rank == spoiled:
         model.get_parameter("scale").data[3] += 1e-15
     try:

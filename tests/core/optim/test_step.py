@@ -46,7 +46,7 @@ class _Run:
         parameters = declared_parameters(self.model)
         initialize_parameters(parameters, seed=3)
         sharing = publish_sharing(parameters, ctx)
-        self.buffers = GradBuffers(parameters, ctx, 1, True)
+        self.buffers = GradBuffers(parameters, ctx, bucket_mib=1)
         self.optimizer = OptimizerStep(self.buffers, sharing, ctx, config, precision)
 
     def step(self, step: int, factor: float = 1.0, valid: Tensor | None = None) -> StepResult:
@@ -65,6 +65,7 @@ class _Run:
 
     def bits(self) -> list[Tensor]:
         """Copies of all parameters and state."""
+        self.buffers.wait_for_parameters()
         state = [s.tensor.clone() for s in self.optimizer.state_tensors()]
         return [*state, *(bucket.values.clone() for bucket in self.buffers.buckets)]
 
@@ -121,6 +122,8 @@ def test_equals_torch_with_clipping(clip: float) -> None:
 def _steps(tp: int) -> tuple[list[Tensor], list[float]]:
     run = _Run(ParallelContext.create(ParallelConfig(tp=tp), CPU), OptimizerConfig(clip_grad=0.5))
     norms = [float(run.step(step).grad_norm) for step in range(3)]
+    assert run.gradients_are_zero()
+    run.buffers.wait_for_parameters()
     return [p.detach() for p in run.model.parameters()], norms
 
 

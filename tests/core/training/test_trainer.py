@@ -20,6 +20,7 @@ from core.config.train import BatchRampConfig
 from core.errors import CheckpointError, TrainingError
 from core.parallel.context import ParallelContext
 from core.testing.distributed import WorkerError, WorkerPool
+from core.testing.parity import gather_fragments
 from core.testing.tiny_task import TinyConfig, TinyDataset, TinyTask, tiny_run
 from core.training.metrics import METRICS_FILE
 from core.training.state import Position
@@ -37,10 +38,15 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def everything(trainer: Trainer) -> dict[str, Tensor]:
-    state = {
-        f"{s.name}/{s.sharding.name}": s.tensor.clone() for s in trainer.optimizer.state_tensors()
-    }
-    return {**weights(trainer), **state}
+    """Parameters and whole optimizer state; collective."""
+    trainer.state.data_parallel.wait_for_parameters()
+    found = weights(trainer)
+    states = list(trainer.optimizer.state_tensors())
+    for kind in sorted({state.name for state in states}):
+        pieces = ((state.fragment, state.tensor) for state in states if state.name == kind)
+        whole = gather_fragments(pieces, trainer.ctx)
+        found |= {f"{kind}/{name}": tensor for name, tensor in whole.items()}
+    return found
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -259,7 +265,7 @@ def test_other_precision_starts_from_the_masters(tmp_path: Path) -> None:
     )
     half = Trainer(TinyTask(), low, ParallelContext.single())
     masters = {
-        s.sharding.name: s.tensor for s in half.optimizer.state_tensors() if s.name == "master"
+        s.fragment.name: s.tensor for s in half.optimizer.state_tensors() if s.name == "master"
     }
     for name, weight in weights(trainer).items():
         assert torch.equal(masters[name], weight.float())
@@ -269,7 +275,7 @@ def test_other_precision_starts_from_the_masters(tmp_path: Path) -> None:
     wide = Trainer(TinyTask(), back, ParallelContext.single())
     for state in half.optimizer.state_tensors():
         if state.name == "master":
-            assert torch.equal(weights(wide)[state.sharding.name], state.tensor.double())
+            assert torch.equal(weights(wide)[state.fragment.name], state.tensor.double())
 
 
 @pytest.mark.parametrize(("first", "second"), [("bf16", "fp16"), ("fp16", "bf16")])
@@ -283,7 +289,7 @@ def test_another_16_bit_precision_starts_from_the_masters(
     found = weights(trainer)
     for state in trainer.optimizer.state_tensors():
         if state.name == "master":
-            name = state.sharding.name
+            name = state.fragment.name
             assert torch.equal(found[name], state.tensor.to(found[name].dtype))
 
 
