@@ -344,20 +344,23 @@ class CheckpointSaver:
 
     def _finish(self, attempt: _Attempt, plan: Plan, files: dict[str, FileRecord]) -> None:
         """Rank 0: wait for all files, and publish or clean up."""
+        failure = attempt.failure
         try:
-            if attempt.failure is None:
+            if failure is None:
                 writers = {rank for rank, file in enumerate(plan.files) if rank and file.boxes}
-                attempt.failure = self._collect(attempt, writers, files)
-            if attempt.failure is None:
+                failure = self._collect(attempt, writers, files)
+            if failure is None:
                 if self._assets is not None:
                     files |= write_assets(self._assets, attempt.temporary)
-                index = Index(attempt.step, plan.tensors, files, attempt.sections, BLOCK_SIZE)
+                in_order = dict(sorted(files.items()))
+                index = Index(attempt.step, plan.tensors, in_order, attempt.sections, BLOCK_SIZE)
                 publish(self._root, attempt.temporary, index)
                 prune(self._root, attempt.step, *self._keep)
         except Exception as error:
-            attempt.failure = self._sentence(attempt, 0, describe(error))
-        if attempt.failure is not None:
+            failure = self._sentence(attempt, 0, describe(error))
+        if failure is not None:
             remove_attempt(self._root, attempt.temporary)
+        attempt.failure = failure
 
     def _collect(
         self, attempt: _Attempt, missing: set[int], files: dict[str, FileRecord]
