@@ -148,6 +148,8 @@ class GradBuffers:
         reduce-scatter (replicated: all-reduce) per bucket, in the same order on all ranks. On CUDA
         the host does not wait.
         """
+        # A gather that no module has awaited must not meet the update that comes next.
+        self.wait_for_parameters()
         while self._started < len(self.buckets):
             self._start_next()
         for work in self._works:
