@@ -50,7 +50,7 @@ def step_directories(root: Path) -> dict[int, Path]:
 
 
 def _latest_text(name: str) -> str:
-    return f"{name}\ncrc32 {zlib.crc32(name.encode()):08x}\n"
+    return f"{name} crc32 {zlib.crc32(name.encode()):08x}\n"
 
 
 def read_latest(root: Path) -> tuple[Path | None, str | None]:
@@ -62,7 +62,7 @@ def read_latest(root: Path) -> tuple[Path | None, str | None]:
         text = file.read_bytes().decode(errors="replace")
     except OSError as error:
         return None, f"{file} cannot be read ({error.strerror})"
-    name = text.partition("\n")[0]
+    name = text.partition(" ")[0].removesuffix("\n")
     # The name alone was all that the first versions wrote.
     if _STEP.fullmatch(name) and text in (_latest_text(name), f"{name}\n"):
         return root / name, None
