@@ -87,7 +87,7 @@ def test_more_steps_of_the_same_epoch_go_on(config: RunConfig[TinyConfig]) -> No
 def test_another_order_is_refused(
     config: RunConfig[TinyConfig], tmp_path: Path, data: Any, train: Any, what: str
 ) -> None:
-    corpora = {
+    corpora: dict[str, tuple[str, ...]] = {
         "longer": (write_corpus(tmp_path / "c" / "longer", [*LENGTHS, 5]),),
         "other": (write_corpus(tmp_path / "c" / "other", LENGTHS[::-1]),),
     }

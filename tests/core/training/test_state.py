@@ -37,7 +37,7 @@ def start(config: RunConfig[TinyConfig]) -> Trainer:
 
 def everything(trainer: Trainer) -> dict[str, Tensor]:
     state = {
-        f"{s.name}/{s.sharding.name}": s.tensor.clone() for s in trainer.optimizer.state_tensors()
+        f"{s.name}/{s.fragment.name}": s.tensor.clone() for s in trainer.optimizer.state_tensors()
     }
     return {**{n: p.detach().clone() for n, p in trainer.model.named_parameters()}, **state}
 
