@@ -54,17 +54,21 @@ class FullyShardedModel:
         bits.
 
         Args:
-            model: as built, its parameters at least fp32, in their format for good.
+            model: as built, its parameters at least fp32; see `modes.model_placement`.
             ctx: the process axes, with several ranks on dp; gradients are summed over dp.
             dtype: format of the computation.
 
         Raises:
-            ValueError: the model has buffers, which cannot be built on the meta device.
+            ValueError: the model has buffers, which cannot be built on the meta device, or a
+                parameter of fewer bits than a master weight.
         """
         assert ctx.dp.group is not None
         if next(model.buffers(), None) is not None:
             raise ValueError("a model to be fully sharded must have no buffers")
         declared = declared_parameters(model)
+        for name, one in declared.items():
+            if one.parameter.dtype.itemsize < torch.float32.itemsize:
+                raise ValueError(f"{name} is {one.parameter.dtype}: build the model in fp32")
         shapes = {name: tuple(d.parameter.shape) for name, d in declared.items()}
         mesh = DeviceMesh.from_group(ctx.dp.group, ctx.device.type)
         self._modules = tuple(_shard(model, mesh, dtype))
@@ -142,22 +146,14 @@ def _units(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _materialize(model: nn.Module, device: torch.device) -> None:
-    """Give parameters on the meta device storage, all zero, and keep tied ones tied."""
-    places = [
-        (module, attribute, parameter)
-        for module in model.modules()
-        for attribute, parameter in module.named_parameters(recurse=False)
-    ]
-    if not any(parameter.is_meta for *_, parameter in places):
-        return
-    model.to_empty(device=device)
-    made: dict[int, nn.Parameter] = {}
-    for module, attribute, parameter in places:
-        first = made.setdefault(id(parameter), getattr(module, attribute))
-        module.register_parameter(attribute, first)
-    with torch.no_grad():
-        for parameter in made.values():
-            parameter.zero_()
+    """Give parameters on the meta device storage, all zero. They stay the same objects, tied ones
+    tied.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=device)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
 
 
 def _own_fragments(

@@ -274,6 +274,7 @@ class Holding:
 
 def _holding(case: Case) -> Holding:
     run = Run(case)
+    assert len(list(run.model.parameters())) == len(run.parallel.parameters)  # tied: one tensor
     storages = [d.local.untyped_storage().data_ptr() for d in run.parallel.parameters.values()]
     grads = [region.main_grad.data_ptr() for region in run.parallel.regions]
     run.backward(0)
@@ -331,6 +332,14 @@ def _with_buffers() -> None:
         make_data_parallel(model, ctx, config)
 
 
+def _too_narrow() -> None:
+    config = ParallelConfig(data_parallel="fsdp2")
+    ctx = ParallelContext.create(config, torch.device("cpu"))
+    model = build_llama(MODEL, Placement(ctx, torch.bfloat16, ctx.device))
+    with pytest.raises(ValueError, match=r"is torch\.bfloat16: build the model in fp32"):
+        make_data_parallel(model, ctx, config)
+
+
 def _with_values() -> bool:
     """A model that has been filled already is sharded as it is."""
     config = ParallelConfig(data_parallel="fsdp2")
@@ -352,6 +361,10 @@ def test_a_filled_model_keeps_its_numbers(pool: WorkerPool) -> None:
 
 def test_a_model_with_buffers_is_refused(pool: WorkerPool) -> None:
     pool.run(_with_buffers, 2)
+
+
+def test_parameters_too_narrow_for_masters_are_refused(pool: WorkerPool) -> None:
+    pool.run(_too_narrow, 2)
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
