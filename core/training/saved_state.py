@@ -40,12 +40,14 @@ def load_parameters(
     Raises:
         CheckpointError: see `CheckpointReader.load`.
     """
+    alike, other = [], []
     for saved in parameters:
         record = reader.tensors.get(saved.name)
         same = record is None or record.dtype == saved.tensor.dtype
-        if same and (not remainder or _key("master_remainder", saved) in reader.tensors):
-            reader.load([saved])
-            continue
+        fits = not remainder or _key("master_remainder", saved) in reader.tensors
+        (alike if same and fits else other).append(saved)
+    reader.load(alike)
+    for saved in other:
         wide = torch.promote_types(saved.tensor.dtype, torch.float32)
         exact = dataclasses.replace(saved, tensor=torch.zeros_like(saved.tensor, dtype=wide))
         _read_exact(reader, exact)
@@ -58,6 +60,7 @@ def load_state(reader: CheckpointReader, states: Iterable[ParameterState]) -> No
     Raises:
         CheckpointError: see `CheckpointReader.load`.
     """
+    alike = []
     for saved in saved_state(states):
         kind, name = saved.name.removeprefix("optim/").split("/", 1)
         as_parameter = dataclasses.replace(saved, name=model_key(name))
@@ -68,7 +71,8 @@ def load_state(reader: CheckpointReader, states: Iterable[ParameterState]) -> No
             _read_exact(reader, dataclasses.replace(as_parameter, tensor=exact))
             saved.tensor.copy_(split_master(exact)[1])
         else:
-            reader.load([saved], convert=True)
+            alike.append(saved)
+    reader.load(alike, convert=True)
 
 
 def _key(kind: str, parameter: SavedTensor) -> str:

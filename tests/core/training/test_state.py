@@ -225,7 +225,7 @@ def _start_with_damage_on_rank_1(config: RunConfig[TinyConfig]) -> tuple[int, di
 def test_all_ranks_pass_over_what_one_finds_damaged(run: Run, pool: WorkerPool) -> None:
     config, folder = run
     expected = start(replace(config, save=None, load=str(folder / "step_00000004")))
-    config = replace(config, parallel=ParallelConfig(dp=2))
+    config = replace(config, parallel=ParallelConfig(dp=2, data_parallel="replicated"))
     for step, found in pool.run(_start_with_damage_on_rank_1, 2, config):
         assert step == 4
         assert_equal(found, everything(expected))
