@@ -120,7 +120,8 @@ class Staging:
         if self._cuda and self.bytes.numel():
             runtime = torch.cuda.cudart()
             status = runtime.cudaHostRegister(self.bytes.data_ptr(), self.bytes.numel(), 0)
-            torch.cuda.check_error(int(status))
+            if int(status):
+                raise RuntimeError(f"cudaHostRegister failed with error {int(status)}")
 
     @torch.no_grad()
     def fill(self) -> None:
@@ -326,8 +327,9 @@ class CheckpointSaver:
         own, rank = self._plan.files[self._ranks.rank], self._ranks.rank
         files: dict[str, FileRecord] = {}
         try:
-            if attempt.failure is None and (own.boxes or rank == 0):
+            if own.boxes or rank == 0 or attempt.failure is not None:
                 attempt.temporary.mkdir(parents=True, exist_ok=True)
+            if own.boxes and attempt.failure is None:
                 source = self._tensors if self._staging is None else self._staging.bytes
                 files = write_rank_file(attempt.temporary, own, source)
                 if rank:

@@ -40,7 +40,8 @@ def load_parameters(
     Raises:
         CheckpointError: see `CheckpointReader.load`.
     """
-    alike, other = [], []
+    alike: list[SavedTensor] = []
+    other: list[SavedTensor] = []
     for saved in parameters:
         record = reader.tensors.get(saved.name)
         same = record is None or record.dtype == saved.tensor.dtype

@@ -62,8 +62,9 @@ DTYPES = {
     "fp16": torch.float16,
 }
 
-_LAST_SAVE_SECONDS = 30.0
-"""How long a run that fails goes on writing the checkpoint that it has begun."""
+_LAST_SAVE_SECONDS = 5.0
+"""How long a run that fails goes on with the checkpoint that it has begun: not long, as another
+rank may be dead and never do its part."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from core.checkpoint.index import SavedTensor
 from core.checkpoint.plan import RankFile
 from core.checkpoint.reader import open_checkpoint
 from core.checkpoint.safetensors_io import SafetensorsWriter
-from core.checkpoint.saver import CheckpointSaver, Ranks, save_checkpoint
+from core.checkpoint.saver import CheckpointSaver, Ranks, Staging, save_checkpoint
 from core.checkpoint.writer import write_checkpoint, write_rank_file
 from core.config.parallel import ParallelConfig
 from core.errors import CheckpointError, ConfigError
@@ -398,6 +398,33 @@ def test_rank_0_gives_a_dead_rank_up(
 def _begin(saver: CheckpointSaver) -> CheckpointSaver:
     saver.save(1, {})
     return saver
+
+
+def test_a_rank_that_cannot_copy_tells_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_shards: MakeShards
+) -> None:
+    gate = Gate(monkeypatch, "rank_00000.safetensors")  # so that rank 0 makes no directory first
+    fill = Staging.fill
+
+    def fail(self: Staging) -> None:
+        if threading.current_thread().name == "rank 1":
+            raise RuntimeError("no such device")
+        fill(self)
+
+    monkeypatch.setattr(Staging, "fill", fail)
+
+    def begin(ranks: Ranks) -> CheckpointSaver:
+        threading.current_thread().name = f"rank {ranks.rank}"
+        saver = CheckpointSaver(
+            tmp_path, make_shards(2)[ranks.rank], ranks, asynchronous=True, timeout=30
+        )
+        return _begin(saver)
+
+    savers = run_ranks(2, begin)
+    gate.open.set()
+    for saver in savers:
+        with pytest.raises(CheckpointError, match="rank 1 failed: RuntimeError: no such device"):
+            _poll_for_long(saver)
 
 
 def test_a_rank_that_cannot_leave_a_mark_says_so_in_wait(
