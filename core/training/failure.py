@@ -27,6 +27,9 @@ from core.training.interrupts import StopRequest
 _AFTER_THE_CAUSE_SECONDS = 1.1
 _ANSWER_OF_THE_STORE = timedelta(seconds=10)
 _ANSWER_OF_A_RANK_SECONDS = 2.5
+# Longer: a rank that is alive, but busy in C code that lets no thread run, shall not cost a save.
+_ANSWER_AFTER_SIGTERM_SECONDS = 10.0
+_HANG, _SIGTERM = "hang", "sigterm"
 
 SAVING = "saving"
 """The phase in which a checkpoint is written."""
@@ -69,27 +72,27 @@ class FailureBoard:
         rank, text = json.loads(self._store.get(self._key))
         return rank, text
 
-    def call_for_states(self) -> int:
+    def call_for_states(self, cause: str) -> int:
         """Ask all ranks where they stand; returns the rank that was the first to ask."""
         if self._store is None:
             return self.rank
-        return int(self._store.compare_set("tessera/hang/asked", "", str(self.rank)))
+        return int(self._store.compare_set(f"tessera/{cause}/asked", "", str(self.rank)))
 
-    def states_are_called_for(self) -> bool:
+    def states_are_called_for(self, cause: str) -> bool:
         """Whether a rank has asked."""
-        return self._store is not None and self._store.check(["tessera/hang/asked"])
+        return self._store is not None and self._store.check([f"tessera/{cause}/asked"])
 
-    def post_state(self, state: RankState) -> None:
+    def post_state(self, cause: str, state: RankState) -> None:
         """Answer."""
         if self._store is not None:
-            self._store.set(f"tessera/hang/state/{self.rank}", state.to_json())
+            self._store.set(f"tessera/{cause}/state/{self.rank}", state.to_json())
 
-    def states(self) -> dict[int, RankState | None]:
+    def states(self, cause: str) -> dict[int, RankState | None]:
         """The answers of all ranks, None where there is none."""
         found: dict[int, RankState | None] = dict.fromkeys(range(self.size))
         if self._store is not None:
             for rank in found:
-                key = f"tessera/hang/state/{rank}"
+                key = f"tessera/{cause}/state/{rank}"
                 if self._store.check([key]):
                     found[rank] = RankState.from_json(self._store.get(key).decode())
         return found
@@ -171,7 +174,7 @@ class Watchdog:
         self._patience, self._handler, self._stop = patience, handler, stop
         self._groups, self._leave = groups, leave
         self._last, self._step, self._phase = time.monotonic(), 0, "start"
-        self._answered = False
+        self._answered: set[str] = set()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -202,18 +205,40 @@ class Watchdog:
 
     def _look_at_signals(self) -> int:
         """A status to leave with, or 0."""
-        patience, since = self._patience.sigterm_seconds, self._stop.seconds_since_sigterm()
+        since = self._stop.seconds_since_sigterm()
         # A save that has begun may well end in time; torchrun's SIGKILL decides.
-        if not patience or since is None or since < patience or self._phase == SAVING:
+        if since is None or self._phase == SAVING:
+            return 0
+        where = ""
+        if self._patience.sigterm_seconds and since >= self._patience.sigterm_seconds:
+            where = f"being in {self._phase} of step {self._step}"
+        # torchrun sends SIGTERM to those who outlive another, and not every collective notices a
+        # death: gloo at times waits for ever to send to a peer that is gone.
+        missing = self._missing_after_sigterm(since)
+        if missing:
+            where = f"since rank {', '.join(map(str, missing))} does not answer"
+        if not where:
             return 0
         self._handler.record_exception(
             TrainingError(
-                f"rank {self._rank} could not save within {since:.0f} s of SIGTERM, being in "
-                f"{self._phase} of step {self._step}: the newest checkpoint stands; if steps take "
-                "that long, raise --train.sigterm-grace-seconds and torchrun's --shutdown-timeout"
+                f"rank {self._rank} could not save within {since:.0f} s of SIGTERM, {where}: the "
+                "newest checkpoint stands; if steps take that long, raise "
+                "--train.sigterm-grace-seconds and torchrun's --shutdown-timeout"
             )
         )
         return 128 + signal.SIGTERM
+
+    def _missing_after_sigterm(self, since: float) -> list[int]:
+        board = self._handler.board
+        if board is None or board.size == 1:
+            return []
+        try:
+            board.call_for_states(_SIGTERM)
+            if since < _ANSWER_AFTER_SIGTERM_SECONDS:
+                return []
+            return [rank for rank, state in board.states(_SIGTERM).items() if state is None]
+        except (dist.DistError, RuntimeError):
+            return []  # the store is gone: see the time
 
     def _look_at_time(self) -> int:
         limit, silent = self._patience.hang_seconds, time.monotonic() - self._last
@@ -240,20 +265,21 @@ class Watchdog:
         board = self._handler.board
         if board is None or board.size == 1:
             return diagnose({self._rank: self._state()})
-        if board.call_for_states() != board.rank and not second:
+        if board.call_for_states(_HANG) != board.rank and not second:
             return None
-        board.post_state(self._state())
+        board.post_state(_HANG, self._state())
         time.sleep(_ANSWER_OF_A_RANK_SECONDS)
-        return diagnose(board.states())
+        return diagnose(board.states(_HANG))
 
     def _look_at_board(self) -> int:
         board = self._handler.board
         if board is None:
             return 0
         try:
-            if not self._answered and board.states_are_called_for():
-                self._answered = True
-                board.post_state(self._state())
+            for cause in {_HANG, _SIGTERM} - self._answered:
+                if board.states_are_called_for(cause):
+                    board.post_state(cause, self._state())
+                    self._answered.add(cause)
             failure = board.read()
         except (dist.DistError, RuntimeError):
             return 0  # the store is gone: collectives will fail by themselves

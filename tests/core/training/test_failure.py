@@ -20,6 +20,7 @@ from core.training.interrupts import StopRequest
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failure, "_AFTER_THE_CAUSE_SECONDS", 0.01)
     monkeypatch.setattr(failure, "_ANSWER_OF_A_RANK_SECONDS", 1.2)
+    monkeypatch.setattr(failure, "_ANSWER_AFTER_SIGTERM_SECONDS", 2.5)
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_ranks_say_where_they_stand_when_one_asks(error_file: Path) -> None:
 
 def test_the_second_asks_if_the_first_went_silent(error_file: Path) -> None:
     store = HashStore()
-    assert FailureBoard(0, store, 2).call_for_states() == 0
+    assert FailureBoard(0, store, 2).call_for_states("hang") == 0
     left: Queue[int] = Queue()
     dog = watchdog(SentenceHandler(FailureBoard(1, store, 2)), left, hang=0.2)
     dog.start()
@@ -183,3 +184,27 @@ def test_a_border_that_is_not_reached_after_sigterm(error_file: Path, phase: str
             text = message(error_file)
             assert re.match("rank 2 could not save within . s of SIGTERM, being in training", text)
         dog.stop()
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_after_sigterm_nobody_waits_for_a_rank_that_is_dead(error_file: Path, dead: bool) -> None:
+    """Gloo and NCCL do not always notice; the ranks that are left ask each other."""
+    store = HashStore()
+    left: Queue[int] = Queue()
+    other = watchdog(SentenceHandler(FailureBoard(1, store, 2)), Queue())
+    if not dead:
+        other.start()
+    with StopRequest() as stop:
+        handler = SentenceHandler(FailureBoard(0, store, 2))
+        dog = Watchdog(Patience(0.0, 60.0), handler, stop, {}, left.put)
+        dog.start()
+        dog.beat(3, "training")
+        signal.raise_signal(signal.SIGTERM)
+        if dead:
+            assert left.get(timeout=10.0) == 143
+            assert "of SIGTERM, since rank 1 does not answer: the" in message(error_file)
+        else:
+            time.sleep(5.0)
+            assert left.empty()
+        dog.stop()
+    other.stop()
