@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,12 +37,15 @@ class Run:
     save: Path
     steps: int
     restarts: int = 0
+    rendezvous: tuple[str, ...] = ("--standalone", "--nproc-per-node", str(PROCESSES))
+    """How torchrun is told of processes and machines."""
+    node: int = 0
 
     def __enter__(self) -> "Run":
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        launcher += [str(PROCESSES), "--max-restarts", str(self.restarts)]
+        launcher = ["-m", "torch.distributed.run", *self.rendezvous]
+        launcher += ["--max-restarts", str(self.restarts)]
         train = [str(ROOT / "models/llama/train.py"), *OPTIONS, "--train.steps", str(self.steps)]
-        with (self.folder / f"{self.save.name}.log").open("w") as log:
+        with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, *train, "--save", str(self.save)],
                 cwd=self.folder,
@@ -62,8 +66,12 @@ class Run:
                     os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
+    @property
+    def _log(self) -> Path:
+        return self.folder / f"{self.save.name}.{self.node}.log"
+
     def log(self) -> str:
-        return (self.folder / f"{self.save.name}.log").read_text()
+        return self._log.read_text()
 
     def workers(self, attempt: int | None = None) -> dict[int, int]:
         """Processes by rank, of one attempt if it is given."""
@@ -164,3 +172,25 @@ def test_killed_at_random_moments(samples: Path, tmp_path: Path, steps: int, kil
     assert tensors
     assert weights_and_states(killed.save, steps) == tensors
     assert not list(killed.save.glob(".step_*"))
+
+
+@pytest.mark.full
+def test_a_machine_whose_rank_was_killed_comes_back(samples: Path, tmp_path: Path) -> None:
+    """Two machines, as torchrun sees them. It counts restarts on each by itself, so that their
+    numbers differ from then on."""
+    for name in ("corpus.bin", "corpus.idx"):
+        (tmp_path / name).symlink_to(samples / name)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rendezvous: tuple[str, ...] = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "test")
+    rendezvous += ("--rdzv-endpoint", f"localhost:{port}", "--nproc-per-node", "2")
+    one, two = (Run(tmp_path, tmp_path / "run", 60, 3, rendezvous, node) for node in range(2))
+    with one, two:
+        one.until("a step", lambda: one.rows_written()[1] > 7)
+        before, _ = one.rows_written()
+        os.kill(max(two.workers(0).items())[1], signal.SIGKILL)
+        one.until("restart", lambda: one.rows_written()[0] != before)
+        assert [one.process.wait(120), two.process.wait(120)] == [0, 0], one.log() + two.log()
+    assert [row["step"] for row in rows(one.save) if "loss" in row] == list(range(1, 61))
+    assert weights_and_states(one.save, 60)
