@@ -39,12 +39,14 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def _losses(save: Path, dtype: str, exit_at_step: int | None = None) -> list[dict[str, float]]:
+def _losses(
+    save: Path, precision: PrecisionConfig, exit_at_step: int | None = None
+) -> list[dict[str, float]]:
     config: RunConfig[TransformerConfig] = RunConfig(
         model=MODEL,
         save=str(save),
         device="cpu",
-        precision=PrecisionConfig(dtype=dtype),  # type: ignore[arg-type]
+        precision=precision,
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=1),
         data=DataConfig(synthetic=True, seq_length=16, num_workers=0),
         train=TrainConfig(
@@ -57,11 +59,20 @@ def _losses(save: Path, dtype: str, exit_at_step: int | None = None) -> list[dic
 
 
 @pytest.mark.usefixtures("uninitialised_memory_is_nan")
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_resumed_twice_equals_uninterrupted(tmp_path: Path, dtype: str) -> None:
-    whole = _losses(tmp_path / "whole", dtype)
+@pytest.mark.parametrize(
+    "precision",
+    [
+        PrecisionConfig(dtype="fp32"),
+        PrecisionConfig(dtype="bf16"),
+        PrecisionConfig(dtype="fp16"),
+        PrecisionConfig(dtype="bf16", master_weights="remainder", moments="bf16"),
+    ],
+    ids=["fp32", "bf16", "fp16", "lean"],
+)
+def test_resumed_twice_equals_uninterrupted(tmp_path: Path, precision: PrecisionConfig) -> None:
+    whole = _losses(tmp_path / "whole", precision)
     for step in (2, 3, None):
-        parts = _losses(tmp_path / "parts", dtype, exit_at_step=step)
+        parts = _losses(tmp_path / "parts", precision, exit_at_step=step)
     assert len(whole) == 6
     assert parts == whole
     assert all(torch.isfinite(torch.tensor(row["grad_norm"])) for row in whole)
