@@ -48,6 +48,7 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType({d: name for name, d i
 
 _MAX_HEADER = 100_000_000  # the limit of the safetensors package
 _PIECE = 16 << 20
+_FLUSH = 128 << 20  # bytes between flushes
 
 
 class SafetensorsWriter:
@@ -92,7 +93,7 @@ class SafetensorsWriter:
         self._left = 0
         """Bytes still to come of the tensor being written."""
         self._current: tuple[str, torch.dtype, tuple[int, ...]] = ("", torch.uint8, (0,))
-        self._path, self._on_bytes = path, on_bytes
+        self._path, self._on_bytes, self._unflushed = path, on_bytes, 0
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         if len(text) > _MAX_HEADER:
@@ -108,6 +109,19 @@ class SafetensorsWriter:
         self._file.write(data)
         if self._on_bytes is not None:
             self._on_bytes(data)
+        self._unflushed += len(data)
+        if self._unflushed >= _FLUSH:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Put on the disk what was written, and out of the page cache: a checkpoint would take much
+        memory there, whose first use is slower than the disk, and push out what training reads.
+        """
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._unflushed = 0
 
     def write(self, key: str, tensor: Tensor) -> None:
         """Write the next tensor, or its next rows; any device, any strides.
@@ -176,8 +190,7 @@ class SafetensorsWriter:
             if self._left or missing:
                 first = self._current[0] if self._left else missing[0]
                 raise ValueError(f"{self._path}: tensor {first} was not written to its end")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._flush()
             self._file.close()
         except BaseException:
             self._discard()
