@@ -2,7 +2,6 @@
 
 import json
 import textwrap
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,24 +41,45 @@ class Inspect:
 
 def describe(reader: "CheckpointReader") -> str:
     """The report of `inspect` as text."""
-    sizes: dict[str, int] = defaultdict(int)
-    rows = []
+    rows, sizes, formats = [], dict[str, int](), dict[str, set[str]]()
     for name, record in reader.tensors.items():
-        sizes[name.rpartition("/")[0]] += record.nbytes
+        kind = name.rpartition("/")[0] or "other"
+        dtype = str(record.dtype).removeprefix("torch.")
+        sizes[kind] = sizes.get(kind, 0) + record.nbytes
+        formats.setdefault(kind, set()).add(dtype)
         shape = "x".join(map(str, record.shape)) or "scalar"
-        rows.append(
-            (name, shape, str(record.dtype).removeprefix("torch."), f"{len(record.boxes)} boxes")
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        boxes = _count(len(record.boxes), "box", "es")
+        spread = _count(len({file for _, file in record.boxes}), "file")
+        rows.append((name, shape, dtype, f"{boxes} in {spread}"))
+    files = reader.index.files
     lines = [
-        f"{reader.path}: step {reader.step}, {len(rows)} tensors in {len(reader.index.files)} files"
+        f"{reader.path}: step {reader.step}, {_count(len(rows), 'tensor')} in "
+        f"{_count(len(files), 'file')}, {_size(sum(file.size for file in files.values()))}"
     ]
-    for row in rows:
-        lines.append("  " + "  ".join(text.ljust(n) for text, n in zip(row, widths, strict=True)))
-    lines += [f"{name or 'other'}: {size / 2**20:,.1f} MiB" for name, size in sorted(sizes.items())]
+    lines += _table(rows)
+    lines += _table([(name, _size(file.size)) for name, file in sorted(files.items())])
+    lines += [
+        f"{kind}: {_size(size)} of {', '.join(sorted(formats[kind]))}"
+        for kind, size in sorted(sizes.items())
+    ]
     for name, section in reader.sections.items():
         lines += _section_lines(name, section)
     return "\n".join(lines)
+
+
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}" + (plural if number != 1 else "")
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(text.ljust(n) for text, n in zip(row, widths, strict=True))
+        yield "  " + line.rstrip()
 
 
 def _section_lines(name: str, section: Any) -> Iterator[str]:

@@ -290,7 +290,6 @@ class Trainer:
                 )
         stopping = stopping or exits
         if saves or last or stopping:
-            self._watchdog.beat(step, SAVING)
             path = self._save(wait=last or stopping)
             if stopping:
                 asked = "--train.exit-at-step" if exits else "another rank was asked to"
@@ -303,7 +302,10 @@ class Trainer:
 
     def _save(self, *, wait: bool) -> Path | None:
         """Save this step unless that is done; returns its directory."""
-        begin = time.perf_counter()
+        step, begin = self.state.position.step, time.perf_counter()
+        self._watchdog.beat(step, "saving, while the save before is still being written")
+        self.state.finish_saving()
+        self._watchdog.beat(step, SAVING)
         path = self.state.save()
         if wait:
             self.state.finish_saving()

@@ -14,20 +14,32 @@ MakeShards = Callable[..., list[list[SavedTensor]]]
 
 @pytest.fixture
 def saved(tmp_path: Path, make_shards: MakeShards) -> Path:
-    sections = {"config": {"hidden_size": 8}, "run": "save = 'x'\n\n[train]\nsteps = 3\n"}
-    return write_checkpoint(tmp_path, 3, make_shards(2), sections)
+    sections = {
+        "config": {"hidden_size": 8},
+        "run": "save = 'x'\n\n[train]\nsteps = 3\n",
+        "train_state": {"step": 3, "consumed_samples": 24},
+    }
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    return write_checkpoint(
+        tmp_path / "run", 3, make_shards(2), sections, assets=tmp_path / "source"
+    )
 
 
 def test_inspect_lists_what_is_there(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["inspect", str(saved.parent), "--verify"])
     out = capsys.readouterr().out
-    assert "step 3, 12 tensors in 2 files" in out
+    assert "step 3, 12 tensors in 3 files, 0.0 MiB" in out
     rows = [line.split() for line in out.splitlines()]
-    assert ["model/qkv", "32x8", "bfloat16", "6", "boxes"] in rows
-    assert ["optim/master/scale", "scalar", "float32", "1", "boxes"] in rows
+    assert ["model/qkv", "32x8", "bfloat16", "6", "boxes", "in", "2", "files"] in rows
+    assert ["optim/master/scale", "scalar", "float32", "1", "box", "in", "1", "file"] in rows
+    for name in ("hf/tokenizer.json", "rank_00000.safetensors", "rank_00001.safetensors"):
+        assert [name, "0.0", "MiB"] in rows
+    assert "model: 0.0 MiB of bfloat16" in out
+    assert "optim/master: 0.0 MiB of float32" in out
+    assert '"consumed_samples": 24' in out
     assert '"hidden_size": 8' in out
     assert "\nrun:\n  save = 'x'\n\n  [train]\n  steps = 3\n" in out
-    assert any(row[:1] == ["optim/master:"] for row in rows)
     assert "verified" in out
 
 

@@ -27,6 +27,7 @@ def test_defaults_are_valid() -> None:
         ({"label_smoothing": 1.0}, "--train.label-smoothing is 1.0: it must be at least 0"),
         ({"eval_steps": 3}, "--train.eval-steps 3 does nothing without"),
         ({"keep_every": 10}, "--train.keep-every 10 does nothing without --train.save-interval"),
+        ({"async_save": False}, "--train.no-async-save does nothing without --train.save-inter"),
         ({"keep_every": 10, "save_interval": 4}, "--train.keep-every 10 is no multiple"),
         ({"keep_every": 8, "save_interval": 4, "keep_last": 0}, "does nothing with --train.keep-l"),
         ({"track": ("wandb", "wandb")}, "name each tracker once"),
