@@ -40,7 +40,7 @@ tensors = [
     SavedTensor("w", weight.shape, whole_copy(weight.shape), weight),
 ]
 step = 0
-if list(root.glob("*step*")):
+if list(root.glob("step_*")):
     reader = open_checkpoint(root)
     reader.load(tensors)
     step = reader.step
@@ -63,7 +63,7 @@ def start(root: Path, store: Path, mode: str) -> list[subprocess.Popen[str]]:
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(root), str(store), str(rank), mode],
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # a rank may outlive the other for a moment and complain
+            stderr=store.with_suffix(f".{rank}").open("w"),
             text=True,
         )
         for rank in range(WORLD)
@@ -77,7 +77,8 @@ def test_a_kill_at_any_instant_leaves_the_checkpoint_before(tmp_path: Path, mode
         processes = start(root, tmp_path / f"store{attempt}", mode)
         try:
             assert processes[0].stdout is not None
-            assert processes[0].stdout.readline() == "ready\n"
+            ready = processes[0].stdout.readline()
+            assert ready == "ready\n", (tmp_path / f"store{attempt}.0").read_text()
             time.sleep(rng.uniform(0.02, 0.4))
         finally:
             for process in rng.sample(processes, WORLD):
