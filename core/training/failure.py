@@ -207,7 +207,7 @@ class Watchdog:
         """A status to leave with, or 0."""
         since = self._stop.seconds_since_sigterm()
         # A save that has begun may well end in time; torchrun's SIGKILL decides.
-        if since is None or self._phase == SAVING:
+        if since is None or self._phase.startswith(SAVING):
             return 0
         where = ""
         if self._patience.sigterm_seconds and since >= self._patience.sigterm_seconds:
