@@ -2,8 +2,9 @@
 
 import zlib
 from collections.abc import Iterable, Mapping
+from io import RawIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,7 @@ class CheckpointReader:
         self.path = path
         self.index = Index.read(path)
         self._files: dict[str, _TensorFile] = {}
+        self._buffer = memoryview(bytearray(self.index.block_size))
 
     @property
     def step(self) -> int:
@@ -140,7 +142,7 @@ class CheckpointReader:
         return self._files[name]
 
     def _blocks(self, name: str) -> "_CheckedBlocks":
-        return _CheckedBlocks(self.path / name, self.index.files[name], self.index.block_size)
+        return _CheckedBlocks(self.path / name, self.index.files[name], self._buffer)
 
     def check_assets(self) -> None:
         """Read the assets (`core.checkpoint.assets`) and compare their checksums; those of a
@@ -175,8 +177,10 @@ class CheckpointReader:
 class _CheckedBlocks:
     """The blocks of a file, each of which is compared with its checksum once."""
 
-    def __init__(self, path: Path, record: FileRecord, block_size: int) -> None:
-        self.path, self._record, self._block_size = path, record, block_size
+    def __init__(self, path: Path, record: FileRecord, buffer: memoryview) -> None:
+        """`buffer` is memory of one block's size."""
+        self.path, self._record = path, record
+        self._buffer, self._block_size = buffer, len(buffer)
         self._checked = [False] * len(record.crc32)
 
     def check(self, start: int, stop: int) -> None:
@@ -188,7 +192,7 @@ class _CheckedBlocks:
         if not due:
             return
         try:
-            with self.path.open("rb") as file:
+            with self.path.open("rb", buffering=0) as file:
                 for block in due:
                     self._check(file, block)
         except OSError as error:
@@ -197,10 +201,12 @@ class _CheckedBlocks:
                 "checkpoint"
             ) from error
 
-    def _check(self, file: IO[bytes], block: int) -> None:
+    def _check(self, file: RawIOBase, block: int) -> None:
         size = self._block_size
         file.seek(block * size)
-        if zlib.crc32(file.read(size)) != self._record.crc32[block]:
+        # Into the same memory every time: fresh memory costs more than the checksum.
+        count = file.readinto(self._buffer)
+        if zlib.crc32(self._buffer[:count]) != self._record.crc32[block]:
             raise DamagedCheckpointError(
                 f"{self.path} is damaged: bytes {block * size} to "
                 f"{min((block + 1) * size, self._record.size)} do not match their checksum: "
