@@ -26,7 +26,14 @@ OPTIONS = f"""
     --model.vocab-size 257 --model.num-attention-heads 4 --model.num-query-groups 2
     --model.head-dim 6 --model.ffn-hidden-size 16 --model.hidden-dropout 0.1
 """.split()
-OF_TIME = ("step_seconds", "tokens_per_second", "tflops_causal", "tflops_full", "memory_gib")
+OF_TIME = (
+    "save_seconds",
+    "step_seconds",
+    "tokens_per_second",
+    "tflops_causal",
+    "tflops_full",
+    "memory_gib",
+)
 
 
 @dataclass
