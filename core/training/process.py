@@ -47,7 +47,13 @@ def run(config: RunConfig[Any] | TesseraError, make_task: MakeTask) -> None:
     def body() -> None:
         if isinstance(config, TesseraError):
             raise config
-        train(config, make_task, handler)
+        try:
+            train(config, make_task, handler)
+        except Exception:
+            # torchrun ends those who outlive another. What this one has to tell comes first: it
+            # would be gone without a word, and others might wait for it.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise
 
     try:
         record(body, handler)()
