@@ -171,6 +171,8 @@ class AdamW:
                     apply,
                     place,
                 )
+        # Not in the kernel: the compiler makes another of it, and padding may be in no rows.
+        region.main_grad.zero_()
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,7 @@ def update_(
     """Update `[n, w]` tensors in place.
 
     Args:
-        grad: read and cleared.
+        grad: read only.
         master: parameters in the format of the computation, or int16 remainders of `values`.
         exp_avg: first moment.
         exp_avg_sq: second moment.
@@ -316,7 +318,6 @@ def update_(
         rounded, remainder = split_master(new)
         values.copy_(rounded)
         master.copy_(remainder)
-    grad.zero_()
 
 
 def _rounded_moments(exp_avg: Tensor, exp_avg_sq: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
