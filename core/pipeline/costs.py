@@ -1,0 +1,121 @@
+"""What the parts of a model cost: the units from which pipeline stages are composed."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from core.config.transformer import TransformerConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """Time or FLOPs of one microbatch, in any unit that is the same for all parts."""
+
+    forward: float = 0.0
+    """Forward pass."""
+    backward_input: float = 0.0
+    """Gradient of the inputs."""
+    backward_weight: float = 0.0
+    """Gradient of the weights."""
+
+    @property
+    def total(self) -> float:
+        """All three together."""
+        return self.forward + self.backward_input + self.backward_weight
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.forward + other.forward,
+            self.backward_input + other.backward_input,
+            self.backward_weight + other.backward_weight,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One unit of a model that is never cut, such as a layer. A model is a sequence of parts."""
+
+    symbol: str
+    """One letter for its kind in a layout: E embedding, t layer, L head and loss, or others."""
+    name: str
+    """What it is in messages and tables."""
+    work: Work
+    """Its cost when it is trained and something trainable stands before it."""
+    parameters: int = 0
+    """Parameters it holds."""
+    frozen: bool = False
+    """Not trained."""
+
+    @property
+    def trainable(self) -> bool:
+        """Has weights that take a gradient."""
+        return self.parameters > 0 and not self.frozen
+
+
+def effective_work(parts: Sequence[Part]) -> tuple[Work, ...]:
+    """What each part of a model really costs, given which are frozen.
+
+    A part without trainable weights has no weight gradient, and where nothing trainable stands
+    before it, no backward pass at all. (The first trainable part is counted with all of its input
+    gradient, most of which it needs within itself.)
+    """
+    costs = []
+    below = False
+    for part in parts:
+        below = below or part.trainable
+        work = part.work if part.trainable else replace(part.work, backward_weight=0.0)
+        costs.append(work if below else replace(work, backward_input=0.0))
+    return tuple(costs)
+
+
+def language_model_parts(
+    config: TransformerConfig, seq_length: int, *, causal: bool = True
+) -> tuple[Part, ...]:
+    """Embedding `E`, layers `t` and head with loss `L`, with their FLOPs per token.
+
+    Together they cost what `TransformerConfig.flops_per_token` says. Attention's scores and values
+    have no weights: twice their forward FLOPs are input gradient. The head has a copy of the
+    table also if it is tied, since the two lie on different stages.
+
+    Args:
+        config: architecture.
+        seq_length: tokens of a sequence, on which the cost of attention depends.
+        causal: count half of the attention matrix, as a kernel that skips the rest takes.
+    """
+    h, table = config.hidden_size, config.hidden_size * config.vocab_size
+    norm = h * _norm_vectors(config.normalization)
+    head = Work(2.0 * table, 2.0 * table, 2.0 * table)
+    return (
+        Part(symbol="E", name="embedding", work=Work(), parameters=table),
+        *_layers(config, seq_length, causal=causal),
+        Part(symbol="L", name="head and loss", work=head, parameters=table + norm),
+    )
+
+
+def _layers(config: TransformerConfig, seq_length: int, *, causal: bool) -> Iterator[Part]:
+    h, ffn, dim = config.hidden_size, config.ffn_hidden_size, config.kv_channels
+    qkv = (config.num_attention_heads + 2 * config.kv_heads) * dim
+    up = (2 if config.gated_mlp else 1) * ffn
+    gemms = h * (qkv + config.num_attention_heads * dim) + h * (up + ffn)
+    vectors = 2 * h * _norm_vectors(config.normalization)
+    vectors += 0 if config.qk_norm == "none" else 2 * dim * _norm_vectors(config.qk_norm)
+    vectors += config.qkv_bias * qkv + config.attention_output_bias * h
+    vectors += config.mlp_bias * (up + h)
+    for layer in range(config.num_layers):
+        alone = replace(
+            config,
+            num_layers=1,
+            sliding_window=config.window_of(layer),
+            sliding_window_layers=None,
+        )
+        whole = alone.flops_per_token(seq_length, causal=causal) - 6 * h * config.vocab_size
+        scores = (whole - 6 * gemms) / 3
+        yield Part(
+            symbol="t",
+            name=f"layer {layer}",
+            work=Work(2 * gemms + scores, 2 * gemms + 2 * scores, 2.0 * gemms),
+            parameters=gemms + vectors,
+        )
+
+
+def _norm_vectors(kind: str) -> int:
+    return 2 if kind == "layernorm" else 1
