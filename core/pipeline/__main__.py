@@ -75,15 +75,17 @@ class Show:
         if not 0 <= self.transfer < math.inf:
             raise ConfigError(f"--transfer is {self.transfer}: it must be finite and at least 0")
         result = simulate(schedule, Costs(work=work, transfer=self.transfer))
-        if layout:
-            print(layout.table(parameters=False), end="\n\n")
-        print(report(result))
         timelines = {f"{self.schedule}, simulated": result.timeline}
         if measured:
-            print(compare(result, measured))
             timelines[f"{self.schedule}, measured in ms"] = measured
         if self.out:
             picture(self.out, timelines)
+        if layout:
+            print(layout.table(parameters=False), end="\n\n")
+        print(report(result))
+        if measured:
+            print(compare(result, measured))
+        if self.out:
             print(f"drawn: {self.out}")
             return
         width = max(40, shutil.get_terminal_size((160, 24)).columns - 4)

@@ -124,8 +124,8 @@ def _draw(axis: "object", timeline: Timeline, longest: float) -> None:
                 edgecolor="white",
                 linewidth=0.4,
             )
-            # Numbers where they fit: about 180 characters cover the width.
-            if (end - start) * 180 > longest * len(str(microbatch)):
+            # Numbers where they fit: about 260 characters cover the width.
+            if (end - start) * 260 > longest * len(str(microbatch)):
                 axis.text(
                     (start + end) / 2 - zero,
                     stage,

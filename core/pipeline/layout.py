@@ -6,17 +6,17 @@ a `StageMap` says which stage holds which piece. As a string: one letter per par
 `E t*3|t*3|t*2|L`.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate, groupby, pairwise
 
 from core.errors import ConfigError
 from core.pipeline.costs import Part, Work, effective_work
 from core.pipeline.stage_map import StageMap
 
-_UNITS = 1 << 32
-"""Costs become whole numbers that sum to about this: equal costs then compare as equal."""
 _LONGEST = 100_000
 """Letters that a layout string may expand to."""
 
@@ -178,9 +178,10 @@ def balanced(parts: Sequence[Part], stage_map: StageMap) -> Layout:
             f"pieces, but the model, {_brief(parts)}, has {len(parts)} parts: use fewer stages or "
             "chunks, or a layout string with empty pieces"
         )
-    costs = [work.total for work in effective_work(parts)]
-    unit = sum(costs) / _UNITS or 1.0
-    whole = [round(cost / unit) for cost in costs]
+    # Whole numbers add up exactly, so that equal costs compare as equal. Every float is a fraction.
+    costs = [Fraction(work.total) for work in effective_work(parts)]
+    common = math.lcm(*(cost.denominator for cost in costs))
+    whole = [int(cost * common) for cost in costs]
     bounds = _even_cut(whole, stage_map.pieces)
     if stage_map.chunks > 1:
         bounds = _move_parts(whole, bounds, stage_map)

@@ -24,7 +24,6 @@ from core.errors import ConfigError
 from core.pipeline.costs import Work
 from core.pipeline.schedules import Action, Edge, Kind, Message, Schedule
 
-
 EQUAL_WORK = Work(1.0, 1.0, 1.0)
 """Forward, input gradient and weight gradient take equally long."""
 
