@@ -194,16 +194,15 @@ def zbv(stage: int, where: StageMap, microbatches: int) -> Iterator[Step]:
     equally long, each stage is busy without a break from its first action to its last; it has
     `2 * stages` pieces alive at most, as many as 1F1B's first stage has in half pieces.
 
-    The stream is that of 2 * stages - 1 microbatches where there are fewer: steps for microbatches
-    that do not exist are left out by the caller.
+    Written for at least 2 * stages - 1 microbatches: what the first stage sends before the first
+    one is back.
     """
     behind = where.stages - stage  # this stage and those after it
-    total = max(microbatches, 2 * where.stages - 1)
     yield from [(F, 0)] * (2 * behind - 1)
     yield from [(F, 1), (F, 0)] * stage
     yield from [(F, 1), (I, 1), (W, 1)] * behind
     upper, lower = [(I, 0), (W, 0)], [(F, 1), (I, 1), (W, 1)]
-    yield from [(F, 0), *upper, *lower] * (total - where.stages + 1 - behind)
+    yield from [(F, 0), *upper, *lower] * (microbatches - where.stages + 1 - behind)
     yield from [*upper, *lower] * (behind - 1)
     yield from [(I, 0), (I, 1)] * stage
     yield from [(I, 0), (W, 0)] * behind
@@ -223,6 +222,9 @@ class ScheduleKind:
     """Most chunks per stage; None: any number."""
     shape: Literal["loop", "v"] = "loop"
     """How the pieces lie."""
+    min_microbatches: Callable[[int], int] = lambda stages: 1
+    """Fewest microbatches for which the steps are written, given the stages. With fewer, those of
+    this number are taken and the actions of microbatches that do not exist left out."""
 
     @property
     def summary(self) -> str:
@@ -236,7 +238,13 @@ SCHEDULES: Mapping[str, ScheduleKind] = MappingProxyType(
         "1f1b": ScheduleKind(steps=one_f_one_b),
         "interleaved": ScheduleKind(steps=interleaved, min_chunks=2, max_chunks=None),
         "zb_h1": ScheduleKind(steps=zb_h1),
-        "zbv": ScheduleKind(steps=zbv, min_chunks=2, max_chunks=2, shape="v"),
+        "zbv": ScheduleKind(
+            steps=zbv,
+            min_chunks=2,
+            max_chunks=2,
+            shape="v",
+            min_microbatches=lambda stages: 2 * stages - 1,
+        ),
     }
 )
 """Every schedule by name."""
@@ -304,12 +312,13 @@ def make_schedule(
         raise ConfigError(
             f"none of the {where.pieces} pieces has weights to train: unfreeze a part of the model"
         )
-    steps = SCHEDULES[name].steps
+    kind = SCHEDULES[name]
+    written = max(microbatches, kind.min_microbatches(stages))
     first = flags.index(True)
 
     def wanted(stage: int, action: Action) -> bool:
         piece = where.piece(stage, action.chunk)
-        if action.microbatch >= microbatches:
+        if microbatches <= action.microbatch < written:
             return False
         return action.kind == F or (flags[piece] if action.kind == W else piece >= first)
 
@@ -321,7 +330,7 @@ def make_schedule(
         tuple(
             tuple(
                 action
-                for action in _numbered(steps(stage, where, microbatches))
+                for action in _numbered(kind.steps(stage, where, written))
                 if wanted(stage, action)
             )
             for stage in range(stages)
