@@ -81,7 +81,7 @@ class Step:
         place = model_placement(ctx, work.parallel, dtype)
         self.model: LanguageModel = build_llama(config, place, work.parallel.recompute)
         sharing = publish_sharing(declared_parameters(self.model), ctx)
-        self.data_parallel = make_data_parallel(self.model, ctx, work.parallel, dtype)
+        self.data_parallel = make_data_parallel([self.model], ctx, work.parallel, dtype)
         self.optimizer = OptimizerStep(
             self.data_parallel, sharing, ctx, OptimizerConfig(lr=1e-4), work.precision
         )
@@ -102,9 +102,9 @@ class Step:
         work = self.work
         count = work.microbatches * work.micro_batch_size * work.seq_length * self.ctx.dp.size
         total = torch.zeros((), device=self.ctx.device)
+        self.data_parallel.begin_step(work.microbatches)
         for i in range(work.microbatches):
             tokens = self.tokens(i)
-            self.data_parallel.begin_microbatch(is_last=i == work.microbatches - 1)
             key = DropoutKey(1, self.number, i)
             loss = self.model(tokens[:, :-1], tokens[:, 1:], key).sum() / count
             loss.backward()

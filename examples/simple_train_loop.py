@@ -45,7 +45,7 @@ def main() -> None:
     initialize_parameters(parameters, seed=0)
 
     sharing = publish_sharing(parameters, ctx)  # who holds which box of which parameter
-    data_parallel = make_data_parallel(model, ctx, parallel)
+    data_parallel = make_data_parallel([model], ctx, parallel)
     optimizer = OptimizerStep(
         data_parallel, sharing, ctx, OptimizerConfig(lr=3e-3), PrecisionConfig(dtype="fp32")
     )
@@ -53,12 +53,12 @@ def main() -> None:
 
     for step in range(STEPS):
         total = torch.zeros(())
+        data_parallel.begin_step(MICROBATCHES)
         for i in range(MICROBATCHES):
             # Every sample has a place in the global batch, and its dropout mask follows from that.
             first = (i * ctx.dp.size + ctx.dp.rank) * BATCH
             start = torch.arange(first, first + BATCH)[:, None] + 7 * step
             text = (start + 3 * torch.arange(SEQUENCE + 1)) % CONFIG.vocab_size
-            data_parallel.begin_microbatch(is_last=i == MICROBATCHES - 1)
             losses = model(text[:, :-1], text[:, 1:], DropoutKey(0, step, first))
             loss = losses.sum() / tokens_per_step
             loss.backward()  # accumulates into fp32 buffers; dp sums overlap the last microbatch

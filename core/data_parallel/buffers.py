@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from core.data_parallel.main_grad import DeferredProducts
 from core.data_parallel.regions import ALIGNMENT, Fragment, Region, aligned, cut_fragments
 from core.parallel.collectives import start_all_gather_in_place, start_reduce_scatter_in_place
 from core.parallel.context import ParallelContext
@@ -65,9 +66,10 @@ class GradBuffers:
 
     On every trainable parameter it sets `main_grad`, a view that gradients are accumulated into,
     and `grad_ready`, called without arguments each time a whole gradient has been added. The first
-    step counts those calls; later steps start a bucket in their last microbatch once each of its
-    parameters has been ready that often. A parameter with an ordinary gradient needs no call: a
-    hook adds the gradient to `main_grad`, drops `.grad` and calls `grad_ready`.
+    step counts those calls; later steps start a bucket once each of its parameters has been ready
+    that often for each microbatch of the step, in whatever order the gradients come. A parameter with an ordinary gradient needs no call: a
+    hook adds the gradient to `main_grad`, drops `.grad` and calls `grad_ready`. The parameters'
+    `deferred` lets a pipeline put products that make weight gradients off.
 
     Updated parameters are awaited by the forward pass of the module that owns them, so a parameter
     must not be read by another module before that.
@@ -105,6 +107,8 @@ class GradBuffers:
         for name, declared in trainable.items():
             if hasattr(declared.parameter, "main_grad"):
                 raise ValueError(f"{name} already has a gradient buffer")
+        self.deferred = DeferredProducts()
+        """Where all parameters' products go that are put off."""
         order = {name: position for position, name in enumerate(trainable)}
         plan = _plan_buckets(trainable, (bucket_mib << 20) // 4)
         # A bucket is complete when its earliest declared parameter is.
@@ -123,6 +127,7 @@ class GradBuffers:
             declared = trainable[slot.sharding.name]
             parameter: Any = declared.parameter
             parameter.main_grad = slot.view(bucket.main_grad)
+            parameter.deferred = self.deferred
             parameter.grad_ready = self._readiness(index, slot.sharding.name)
             parameter.register_post_accumulate_grad_hook(_accumulate)
             for module in declared.modules:
@@ -130,16 +135,20 @@ class GradBuffers:
         if self._sharded:
             for module, needed in owners.items():
                 module.register_forward_pre_hook(self._awaiter(tuple(sorted(needed))))
-        self._expected: list[int] | None = None
+        self._per_microbatch: list[int] | None = None
         self._reset()
 
-    def begin_microbatch(self, is_last: bool) -> None:
-        """Say that a microbatch starts, and whether it is the last one of the step."""
-        self._is_last = is_last
+    def begin_step(self, microbatches: int) -> None:
+        """Say that a step starts, and of how many microbatches."""
+        self._microbatches = microbatches
         self._calls = [0] * len(self._bucket_of)
+        known = self._per_microbatch or self._calls
+        self._expected = [count * microbatches for count in known]
         self._incomplete = [0] * len(self.buckets)
-        for bucket, expected in zip(self._bucket_of, self._expected or self._calls, strict=True):
-            self._incomplete[bucket] += expected > 0
+        for bucket, expected in zip(self._bucket_of, self._expected, strict=True):
+            # 0: it has no gradient. Less: it is not known when it will have all, so that the
+            # reduction waits for the end of the step.
+            self._incomplete[bucket] += expected != 0
 
     def finish(self) -> None:
         """Start the reductions that have not started and make the current stream wait for all.
@@ -155,8 +164,11 @@ class GradBuffers:
         for work in self._works:
             work.wait()
         self._works.clear()
-        if self._expected is None and self._is_last:
-            self._expected = self._calls
+        if self._per_microbatch is None and self._microbatches:
+            self._per_microbatch = [
+                -1 if count % self._microbatches else count // self._microbatches
+                for count in self._calls
+            ]
 
     def publish(self, index: int) -> None:
         """Start to gather the values of a region from all ranks; collective over dp under ZeRO-1,
@@ -212,7 +224,7 @@ class GradBuffers:
     def _reset(self) -> None:
         self._started = 0
         self._works: list[dist.Work] = []
-        self.begin_microbatch(is_last=False)
+        self.begin_step(0)
 
     def _awaiter(self, buckets: tuple[int, ...]) -> Callable[..., None]:
         def await_parameters(*_: Any) -> None:
@@ -241,8 +253,7 @@ class GradBuffers:
             self._calls[index] += 1
             if (
                 self._overlap_reduce
-                and self._is_last
-                and self._expected is not None
+                and self._per_microbatch is not None
                 and self._calls[index] == self._expected[index]
             ):
                 self._incomplete[bucket] -= 1
@@ -275,12 +286,15 @@ def _accumulate(parameter: Any) -> None:
 
 def _plan_buckets(parameters: dict[str, DeclaredParameter], limit: int) -> list[list[str]]:
     """Names per bucket: one format and one kind of weight decay, `limit` elements unless one
-    parameter is larger.
+    parameter is larger. What other stages hold too is alone.
     """
     done: list[list[str]] = []
     open_: dict[tuple[torch.dtype, torch.device, bool], tuple[list[str], int]] = {}
     for name, declared in reversed(parameters.items()):
         parameter = declared.parameter
+        if declared.across_stages:
+            done.append([name])
+            continue
         key = (parameter.dtype, parameter.device, declared.weight_decay)
         names, size = open_.get(key, ([], 0))
         numel = aligned(parameter.numel())

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from core.data_parallel.main_grad import DeferredProducts
 from core.data_parallel.regions import Fragment, Region, cut_fragments
 from core.parallel.context import Axis, ParallelContext
 from core.parallel.sharding import DeclaredParameter, declared_parameters
@@ -74,6 +75,7 @@ class FullyShardedModel:
         self._modules = tuple(_shard(model, mesh, dtype))
         _materialize(model, ctx.device)
         self.counted: Axis = ctx.world
+        self.deferred = DeferredProducts()
         self.parameters: dict[str, DeclaredParameter] = {}
         regions = []
         for name, whole in declared.items():
@@ -100,7 +102,7 @@ class FullyShardedModel:
                     regions.append(Region(*flat, fragments, whole.weight_decay))
         self.regions: Sequence[Region] = tuple(regions)
 
-    def begin_microbatch(self, is_last: bool) -> None:
+    def begin_step(self, microbatches: int) -> None:
         """Nothing: all microbatches are alike."""
 
     def finish(self) -> None:

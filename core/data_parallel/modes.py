@@ -1,5 +1,7 @@
 """Which way of data parallelism a configuration asks for."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -25,7 +27,7 @@ def model_placement(ctx: ParallelContext, config: ParallelConfig, dtype: torch.d
 
 
 def make_data_parallel(
-    model: nn.Module,
+    chunks: Sequence[nn.Module],
     ctx: ParallelContext,
     config: ParallelConfig,
     dtype: torch.dtype | None = None,
@@ -33,7 +35,8 @@ def make_data_parallel(
     """Set a model up for data-parallel training; its parameters move to other storage.
 
     Args:
-        model: just built; its sharing groups must have been published.
+        chunks: the pieces of the model on this rank, in the model's order, just built; their
+            sharing groups must have been published.
         ctx: the process axes.
         config: the mode, and its options.
         dtype: format of the computation; by default that of the parameters.
@@ -41,10 +44,11 @@ def make_data_parallel(
     if _is_fully_sharded(ctx, config):
         from core.data_parallel.fsdp import FullyShardedModel  # torch takes a second to load it
 
+        (model,) = chunks
         first = next(model.parameters())
         return FullyShardedModel(model, ctx, dtype or first.dtype)
     return GradBuffers(
-        declared_parameters(model),
+        declared_parameters(*chunks),
         ctx,
         config.bucket_mib,
         sharded=config.data_parallel == "zero1",

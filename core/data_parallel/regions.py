@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from core.data_parallel.main_grad import DeferredProducts
 from core.parallel.context import Axis
 from core.parallel.sharding import Box, BoxCopy, DeclaredParameter, ParamSharding
 
@@ -62,7 +63,7 @@ class Region:
 class DataParallel(Protocol):
     """How gradients are summed over dp, and how updated parameters get back to all ranks.
 
-    One step is `begin_microbatch` before every forward pass, `finish` after the last backward pass,
+    One step is `begin_step` before the first forward pass, `finish` after the last backward pass,
     then for every region an update that leaves its `main_grad` zero and `publish`, and last `zero`.
     """
 
@@ -70,11 +71,13 @@ class DataParallel(Protocol):
     """What this rank holds of the model, to be filled, saved and compared."""
     regions: Sequence[Region]
     """What this rank updates, in the order in which the next forward pass uses it."""
+    deferred: DeferredProducts
+    """Where products that make weight gradients are put off to."""
     counted: Axis
     """The ranks whose regions together hold every element of the model."""
 
-    def begin_microbatch(self, is_last: bool) -> None:
-        """Say that a microbatch starts, and whether it is the last one of the step."""
+    def begin_step(self, microbatches: int) -> None:
+        """Say that a step starts, and of how many microbatches."""
 
     def finish(self) -> None:
         """Make the gradients of all regions the sum over dp; collective over dp."""

@@ -14,7 +14,7 @@ from core.layers.linear import InputKind, parallel_linear
 from core.parallel.collectives import reduce_from, reduce_scatter_sequence
 from core.parallel.placement import Placement
 from core.parallel.random import Init
-from core.parallel.sharding import Declaration, declare_parameter, split_vocab
+from core.parallel.sharding import Declaration, GradKind, declare_parameter, split_vocab
 
 
 class _Lookup(torch.autograd.Function):
@@ -39,16 +39,32 @@ class _Lookup(torch.autograd.Function):
 
 
 def vocab_parallel_parameter(
-    module: nn.Module, place: Placement, vocab_size: int, hidden_size: int, init: Init
+    module: nn.Module,
+    place: Placement,
+    vocab_size: int,
+    hidden_size: int,
+    init: Init,
+    across: str | None = None,
 ) -> tuple[nn.Parameter, VocabSlice]:
-    """Declare `module.weight`, this rank's rows of a `[vocab_size, hidden_size]` table."""
+    """Declare `module.weight`, this rank's rows of a `[vocab_size, hidden_size]` table.
+
+    With `across`, its global name, it is the table of an embedding and a head on different pieces
+    of a pipeline, each of which has a part of the gradient.
+    """
     axis = place.ctx.tp
-    rows, copies = split_vocab(vocab_size, axis.rank, axis.size, hidden_size)
+    grad: GradKind = "same" if across is None else "partial"
+    rows, copies = split_vocab(vocab_size, axis.rank, axis.size, hidden_size, grad)
     weight = declare_parameter(
         module,
         "weight",
         (rows, hidden_size),
-        Declaration((vocab_size, hidden_size), copies, init),
+        Declaration(
+            (vocab_size, hidden_size),
+            copies,
+            init,
+            global_name=across,
+            across_stages=across is not None,
+        ),
         dtype=place.dtype,
         device=place.device,
     )
@@ -59,11 +75,20 @@ def vocab_parallel_parameter(
 class VocabParallelEmbedding(nn.Module):
     """Table of token vectors whose rows are cut over tp and padded to a common size."""
 
-    def __init__(self, place: Placement, vocab_size: int, hidden_size: int, *, init: Init) -> None:
+    def __init__(
+        self,
+        place: Placement,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        init: Init,
+        across: str | None = None,
+    ) -> None:
+        """Declare the table; for `across` see `vocab_parallel_parameter`."""
         super().__init__()
         self.sequence_parallel = place.ctx.sequence_parallel
         self.weight, self.part = vocab_parallel_parameter(
-            self, place, vocab_size, hidden_size, init
+            self, place, vocab_size, hidden_size, init, across
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -94,12 +119,16 @@ class VocabParallelHead(nn.Module):
         *,
         init: Init,
         tied_to: VocabParallelEmbedding | None = None,
+        across: str | None = None,
     ) -> None:
+        """Declare the weight, or take that of `tied_to`; for `across` see
+        `vocab_parallel_parameter`.
+        """
         super().__init__()
         self.kind: InputKind = "sequence" if place.ctx.sequence_parallel else "alike"
         if tied_to is None:
             self.weight, self.part = vocab_parallel_parameter(
-                self, place, vocab_size, hidden_size, init
+                self, place, vocab_size, hidden_size, init, across
             )
         else:
             self.weight, self.part = tied_to.weight, tied_to.part

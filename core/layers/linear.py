@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.data_parallel.main_grad import accumulate_product, accumulate_sum
+from core.data_parallel.main_grad import accumulate_product, accumulate_sum, put_off
 from core.errors import ConfigError
 from core.parallel.collectives import (
     all_gather_first,
@@ -68,6 +68,14 @@ class _Linear(torch.autograd.Function):
         dy, weight, bias, axis = grads[0].contiguous(), ctx.weight, ctx.bias, ctx.axis
         (x,) = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        flat = dy.flatten(0, -2)
+
+        def later() -> None:
+            whole = all_gather_first(x, axis) if ctx.kind == "sequence" else x
+            accumulate_product(weight, flat, whole.flatten(0, -2))
+
+        if needs_weight and put_off(weight, later):
+            needs_weight = False
         gathering, reducing = None, None
         if ctx.kind == "sequence" and needs_weight:
             x, gathering = start_all_gather_first(x, axis)
@@ -80,7 +88,6 @@ class _Linear(torch.autograd.Function):
                 dx, reducing = start_reduce_scatter_first(dx, axis)
         wait(gathering)
         dweight, dbias = None, None
-        flat = dy.flatten(0, -2)
         if needs_weight:
             dweight = accumulate_product(weight, flat, x.flatten(0, -2))
         if needs_bias:

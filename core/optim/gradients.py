@@ -50,6 +50,8 @@ class Sharing:
     """This rank in the world."""
     boxes: tuple[SharedBox, ...]
     """All boxes of this rank, in the order of `local_boxes`."""
+    elements: int
+    """Of all parameters of the model, each counted once."""
     groups: Mapping[tuple[int, ...], dist.ProcessGroup]
     """A process group for every set of ranks that shares a partial gradient."""
 
@@ -96,7 +98,7 @@ def publish_sharing(parameters: dict[str, DeclaredParameter], ctx: ParallelConte
     groups = ctx.new_groups(sorted(everywhere))
     rank = ctx.model.ranks[ctx.model.rank]
     own = {ranks: group for ranks, group in groups.items() if rank in ranks and group is not None}
-    return Sharing(rank, boxes, own)
+    return Sharing(rank, boxes, sum(map(math.prod, shapes.values())), own)
 
 
 def _all_gather(mine: Any, axis: Axis) -> list[Any]:

@@ -36,7 +36,7 @@ class OptimizerStep:
     """Owns the optimizer's state. All ranks take the same decision: they see the same norm.
 
     Usage, once per step:
-        data_parallel.begin_microbatch(...), forward, and backward of loss *
+        data_parallel.begin_step(microbatches), then forward and backward of loss *
         optimizer.loss_scale.scale, for every microbatch; then `step`.
     """
 

@@ -16,6 +16,13 @@ class Placement:
     ctx: ParallelContext
     dtype: torch.dtype
     device: torch.device
+    parts: range | None = None
+    """The parts of the model that are built here, counted in the order in which data passes them;
+    None: all. A pipeline's layout says it."""
+
+    def holds(self, part: int) -> bool:
+        """Whether a part of the model is built here."""
+        return self.parts is None or part in self.parts
 
 
 def initialize_parameters(parameters: dict[str, DeclaredParameter], seed: int) -> None:

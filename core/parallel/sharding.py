@@ -94,6 +94,9 @@ class Declaration:
     weight_decay: bool = True
     global_name: str | None = None
     """Set where the name must not follow from the module tree (a tied or a fused parameter)."""
+    across_stages: bool = False
+    """Other pipeline stages hold it too. Its gradient lies in a bucket of its own, so that all of
+    them cut it alike."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ class DeclaredParameter:
     weight_decay: bool
     modules: tuple[nn.Module, ...]
     """All modules that hold the parameter: several where it is tied."""
+    across_stages: bool = False
+    """Other pipeline stages hold it too."""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -160,40 +165,63 @@ def declare_parameter(
     return parameter
 
 
-def declared_parameters(model: nn.Module) -> dict[str, DeclaredParameter]:
+def declared_parameters(*chunks: nn.Module) -> dict[str, DeclaredParameter]:
     """All parameters of a model by global name, in module order; a shared parameter appears once.
+
+    Args:
+        *chunks: the model, or the pieces of it that a pipeline stage holds, in the model's order.
 
     Raises:
         ValueError: a parameter was made without `declare_parameter`, or two have one global name.
     """
     found: dict[str, DeclaredParameter] = {}
     holders: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(id(parameter), []).append(module)
-    for path, module in model.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
-            sharers = holders[id(parameter)]
-            if sharers[0] is not module:
-                continue
-            declaration: Declaration | None = module.__dict__.get("_declarations", {}).get(
-                attribute
-            )
-            if declaration is None:
-                raise ValueError(f"{path}.{attribute} was not made by declare_parameter")
-            name = declaration.global_name or (f"{path}.{attribute}" if path else attribute)
-            if name in found:
-                raise ValueError(f"two parameters have the global name {name}")
-            sharding = ParamSharding(name, declaration.global_shape, declaration.copies)
-            found[name] = DeclaredParameter(
-                module,
-                attribute,
-                sharding,
-                declaration.init,
-                declaration.weight_decay,
-                tuple(sharers),
-            )
+    for chunk in chunks:
+        for module in chunk.modules():
+            for parameter in module.parameters(recurse=False):
+                holders.setdefault(id(parameter), []).append(module)
+    for name, module, attribute, declaration in _declarations(chunks):
+        sharers = holders[id(module._parameters[attribute])]
+        if sharers[0] is not module:
+            continue
+        if declaration is None:
+            raise ValueError(f"{name} was not made by declare_parameter")
+        if name in found:
+            raise ValueError(f"two parameters have the global name {name}")
+        found[name] = DeclaredParameter(
+            module,
+            attribute,
+            ParamSharding(name, declaration.global_shape, declaration.copies),
+            declaration.init,
+            declaration.weight_decay,
+            tuple(sharers),
+            declaration.across_stages,
+        )
     return found
+
+
+def tie_chunks(chunks: Sequence[nn.Module]) -> None:
+    """Let pieces that a rank holds of one model hold one parameter where they declare the same one
+    (a tied head in a V, whose two ends lie on the first stage).
+    """
+    first: dict[str, nn.Parameter | None] = {}
+    for name, module, attribute, _ in _declarations(chunks):
+        module._parameters[attribute] = first.setdefault(name, module._parameters[attribute])
+
+
+def _declarations(
+    chunks: Sequence[nn.Module],
+) -> Iterator[tuple[str, nn.Module, str, Declaration | None]]:
+    """Every place of a parameter: its global name, module, attribute and declaration."""
+    for chunk in chunks:
+        for path, module in chunk.named_modules():
+            declared: dict[str, Declaration] = module.__dict__.get("_declarations", {})
+            for attribute, _ in list(module.named_parameters(recurse=False)):
+                declaration = declared.get(attribute)
+                name = f"{path}.{attribute}" if path else attribute
+                if declaration is not None:
+                    name = declaration.global_name or name
+                yield name, module, attribute, declaration
 
 
 # ---- How layers cut their tensors ----------------------------------------------------------------
@@ -286,7 +314,7 @@ def padded_vocab_rows(vocab_size: int, size: int, multiple: int = 128) -> int:
 
 
 def split_vocab(
-    vocab_size: int, rank: int, size: int, hidden_size: int
+    vocab_size: int, rank: int, size: int, hidden_size: int, grad: GradKind = "same"
 ) -> tuple[int, tuple[BoxCopy, ...]]:
     """Local rows and copies of a `[vocab, hidden]` table; padding rows are in no box, a rank may
     own none.
@@ -296,7 +324,7 @@ def split_vocab(
     if valid == 0:
         return rows, ()
     shape = (valid, hidden_size)
-    return rows, (BoxCopy(Box((0, 0), shape), Box((rank * rows, 0), shape)),)
+    return rows, (BoxCopy(Box((0, 0), shape), Box((rank * rows, 0), shape), grad),)
 
 
 def local_boxes(

@@ -1,6 +1,9 @@
 """A decoder-only language model: embedding, stack of layers, head, loss. Families differ in the
 layers' specs.
 
+Its parts, as a pipeline cuts them, are the embedding (part 0), the layers (1 to n), and final norm
+and head with the loss (n + 1).
+
 Legend: b batch, s sequence, h width, v this rank's part of the vocabulary.
 """
 
@@ -19,17 +22,25 @@ from core.layers.rotary import RotaryEmbedding
 from core.parallel.collectives import gather_last
 from core.parallel.placement import Placement
 from core.parallel.random import DropoutKey, normal_init
-from core.spec import ModuleSpec
+from core.spec import IDENTITY, ModuleSpec
 from core.transformer.stack import LayerStack
+
+
+TABLE = "embedding.word_embeddings.weight"
+"""Global name of the table that a tied head shares."""
 
 
 class TokenEmbedding(nn.Module):
     """Token vectors and the dropout on them."""
 
-    def __init__(self, config: TransformerConfig, place: Placement) -> None:
+    def __init__(self, config: TransformerConfig, place: Placement, across: str | None) -> None:
         super().__init__()
         self.word_embeddings = VocabParallelEmbedding(
-            place, config.vocab_size, config.hidden_size, init=normal_init(config.init_std)
+            place,
+            config.vocab_size,
+            config.hidden_size,
+            init=normal_init(config.init_std),
+            across=across,
         )
         self.dropout = Dropout(place.ctx, config.hidden_dropout, "embedding.dropout")
 
@@ -40,7 +51,7 @@ class TokenEmbedding(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Tokens to the loss of every token, or to logits."""
+    """Tokens to the loss of every token, or to logits; or a piece of that."""
 
     def __init__(
         self,
@@ -51,20 +62,21 @@ class LanguageModel(nn.Module):
         final_norm: ModuleSpec[nn.Module],
         recompute: RecomputeConfig | None = None,
     ) -> None:
-        """Build embedding, layers and head; parameters are not yet initialised.
+        """Build embedding, layers and head, or those of them that `place` holds; parameters are not
+        yet initialised.
 
         Args:
             config: architecture.
-            place: axes, format and device.
-            layers: global layer number to spec.
+            place: axes, format, device and parts.
+            layers: global layer number to spec, for all layers of the model.
             final_norm: spec of the norm before the head.
             recompute: which activations are recomputed; none by default.
         """
         super().__init__()
         self.config = config
-        init = normal_init(config.init_std)
-        vocab, hidden = config.vocab_size, config.hidden_size
-        self.embedding = TokenEmbedding(config, place)
+        has_embedding, has_head = place.holds(0), place.holds(len(layers) + 1)
+        across = TABLE if config.tie_embeddings and has_embedding != has_head else None
+        self.embedding = TokenEmbedding(config, place, across) if has_embedding else None
         self.rotary = None
         if config.position_embedding == "rope":
             self.rotary = RotaryEmbedding(config.rope, config.kv_channels)
@@ -72,21 +84,36 @@ class LanguageModel(nn.Module):
             config,
             place,
             name="decoder",
-            layers=layers,
-            final_norm=final_norm,
+            layers={i: spec for i, spec in layers.items() if place.holds(i + 1)},
+            final_norm=final_norm if has_head else IDENTITY,
             recompute=recompute or RecomputeConfig(),
         )
-        tied = self.embedding.word_embeddings if config.tie_embeddings else None
-        self.output_layer = VocabParallelHead(place, vocab, hidden, init=init, tied_to=tied)
+        self.output_layer = None
+        if has_head:
+            tied = None
+            if config.tie_embeddings and self.embedding is not None:
+                tied = self.embedding.word_embeddings
+            self.output_layer = VocabParallelHead(
+                place,
+                config.vocab_size,
+                config.hidden_size,
+                init=normal_init(config.init_std),
+                tied_to=tied,
+                across=across,
+            )
 
-    def hidden_states(self, tokens: Tensor, key: DropoutKey | None = None) -> Tensor:
+    def hidden_states(
+        self, tokens: Tensor, key: DropoutKey | None = None, received: Tensor | None = None
+    ) -> Tensor:
         """`[b, s]` to the input of the head, `[s, b, h]` (`[s / tp, b, h]` under sequence
-        parallelism).
+        parallelism); without the embedding, from `received`, hidden states of that shape.
         """
         rotary = None
         if self.rotary is not None:
             rotary = self.rotary(tokens.shape[1], tokens.device)
-        out: Tensor = self.decoder(self.embedding(tokens, key), ForwardInfo(rotary, key))
+        hidden = received if self.embedding is None else self.embedding(tokens, key)
+        assert hidden is not None
+        out: Tensor = self.decoder(hidden, ForwardInfo(rotary, key))
         return out
 
     def forward(
@@ -95,19 +122,25 @@ class LanguageModel(nn.Module):
         labels: Tensor,
         key: DropoutKey | None = None,
         label_smoothing: float = 0.0,
+        received: Tensor | None = None,
     ) -> Tensor:
-        """Cross entropy of every token, in at least fp32.
+        """Cross entropy of every token, in at least fp32; or without the head, hidden states.
 
         Args:
             tokens: int64 `[b, s]`.
             labels: int64 `[b, s]`, what follows each token.
             key: makes dropout masks; None in evaluation.
             label_smoothing: share of the target that all tokens divide among them.
+            received: hidden states from the piece before, unless the embedding is here.
 
         Returns:
-            `[b, s]`, the same on all tp ranks.
+            `[b, s]`, the same on all tp ranks; hidden states are `[s, b, h]` (`[s / tp, b, h]`
+            under sequence parallelism).
         """
-        logits = self.output_layer(self.hidden_states(tokens, key))
+        hidden = self.hidden_states(tokens, key, received)
+        if self.output_layer is None:
+            return hidden
+        logits = self.output_layer(hidden)
         losses = vocab_parallel_cross_entropy(
             logits.flatten(0, 1), labels.t().flatten(), self.output_layer.part, label_smoothing
         )
@@ -115,6 +148,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of the whole vocabulary, `[b, s, vocab]`, on every rank: an all-gather over tp."""
+        assert self.output_layer is not None, "a piece without the head has no logits"
         local = self.output_layer(self.hidden_states(tokens))
         whole = gather_last(local, self.output_layer.part.axis)
         # Every rank's columns are padded alike, and padding rows come after all tokens of the last

@@ -42,7 +42,7 @@ def _losses(config: ParallelConfig) -> list[float]:
     place = model_placement(ctx, config, torch.bfloat16)
     model = build_llama(MODEL, place, config.recompute)
     sharing = publish_sharing(declared_parameters(model), ctx)
-    parallel = make_data_parallel(model, ctx, config, torch.bfloat16)
+    parallel = make_data_parallel([model], ctx, config, torch.bfloat16)
     initialize_parameters(parallel.parameters, seed=1)
     rates, precision = OptimizerConfig(lr=1e-3), PrecisionConfig(dtype="bf16")
     optimizer = OptimizerStep(parallel, sharing, ctx, rates, precision)
@@ -50,11 +50,11 @@ def _losses(config: ParallelConfig) -> list[float]:
     text = torch.randint(0, 1003, (8, 129), generator=torch.Generator().manual_seed(0)).to(device)
     sums = torch.zeros(5, device=device)
     for step in range(5):
+        parallel.begin_step(2)
         for i in range(2):
             size = 4 // ctx.dp.size
             first = (i * ctx.dp.size + ctx.dp.rank) * size
             tokens = text[first : first + size]
-            parallel.begin_microbatch(is_last=i == 1)
             losses = model(tokens[:, :-1], tokens[:, 1:], DropoutKey(1, step, first))
             loss = losses.sum() / (8 * 128)
             loss.backward()

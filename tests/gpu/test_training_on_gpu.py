@@ -50,7 +50,7 @@ class _Run:
         self.parameters = declared_parameters(self.model)
         initialize_parameters(self.parameters, seed=1)
         sharing = publish_sharing(self.parameters, ctx)
-        self.data_parallel = make_data_parallel(self.model, ctx, config)
+        self.data_parallel = make_data_parallel([self.model], ctx, config)
         self.optimizer = OptimizerStep(
             self.data_parallel,
             sharing,
@@ -65,10 +65,10 @@ class _Run:
         dp = self.ctx.dp
         size = 2 // dp.size
         total = torch.zeros((), device=self.ctx.device)
+        self.data_parallel.begin_step(2)
         for i in range(2):
             sample = (i * dp.size + dp.rank) * size
             tokens = self.tokens[sample : sample + size]
-            self.data_parallel.begin_microbatch(is_last=i == 1)
             losses = self.model(tokens[:, :-1], tokens[:, 1:], DropoutKey(1, number, sample))
             loss = losses.sum() / (4 * 128)
             loss.backward()

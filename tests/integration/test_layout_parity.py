@@ -139,7 +139,7 @@ class _Run:
         self.parameters = declared_parameters(self.model)
         initialize_parameters(_randomized(self.parameters), seed=3)
         sharing = publish_sharing(self.parameters, ctx)
-        self.data_parallel = make_data_parallel(self.model, ctx, config)
+        self.data_parallel = make_data_parallel([self.model], ctx, config)
         regions, counted = self.data_parallel.regions, self.data_parallel.counted
         self.gradients = ReplicaGradients(regions, counted, sharing, ctx)
         self.optimizer = OptimizerStep(
@@ -156,10 +156,10 @@ class _Run:
         dp = self.ctx.dp
         size = GLOBAL_BATCH // (dp.size * MICROBATCHES)
         total = torch.zeros((), dtype=torch.float64)
+        self.data_parallel.begin_step(MICROBATCHES)
         for i in range(MICROBATCHES):
             sample = (i * dp.size + dp.rank) * size
             at = slice(sample, sample + size)
-            self.data_parallel.begin_microbatch(is_last=i == MICROBATCHES - 1)
             key = DropoutKey(5, step, sample)
             losses = self.model(tokens[at], labels[at], key, self.case.label_smoothing)
             loss = torch.where(mask[at], losses, 0.0).sum() / mask.sum()

@@ -39,14 +39,14 @@ def _loss_curve(text: Tensor, precision: PrecisionConfig) -> Tensor:
     parameters = declared_parameters(model)
     initialize_parameters(parameters, seed=0)
     sharing = publish_sharing(parameters, ctx)
-    data_parallel = make_data_parallel(model, ctx, ParallelConfig())
+    data_parallel = make_data_parallel([model], ctx, ParallelConfig())
     optimizer = OptimizerStep(data_parallel, sharing, ctx, OptimizerConfig(), precision)
     generator = torch.Generator().manual_seed(0)
     losses = []
     for step in range(STEPS):
         first = torch.randint(len(text) - SEQUENCE, (BATCH,), generator=generator)
         tokens = text[first[:, None] + torch.arange(SEQUENCE + 1)].long()
-        data_parallel.begin_microbatch(is_last=True)
+        data_parallel.begin_step(1)
         loss = model(tokens[:, :-1], tokens[:, 1:], None).mean()
         loss.backward()
         losses.append(loss.item())

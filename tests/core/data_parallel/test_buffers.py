@@ -103,8 +103,8 @@ def _run_steps(
     gradients, started = [], []
     rank, whole = ctx.dp.rank, buffers.counted == ctx.model
     for step in range(3):
+        buffers.begin_step(MICROBATCHES)
         for microbatch in range(MICROBATCHES):
-            buffers.begin_microbatch(is_last=microbatch == MICROBATCHES - 1)
             skip = rank == skip_first_on and step > 0
             model(_tokens(step, rank, microbatch), skip_first=skip).backward()
         started.append(buffers._started)
@@ -177,7 +177,7 @@ def test_gradient_after_the_reduction_names_the_parameter() -> None:
     model = _Toy()
     buffers = _buffers(model, ParallelContext.single())
     for _ in range(2):
-        buffers.begin_microbatch(is_last=True)
+        buffers.begin_step(1)
         model(_tokens(0, 0, 0)).backward()
         if buffers._started == 0:  # the first step, which records
             buffers.finish()
@@ -190,7 +190,7 @@ def test_gradient_after_the_reduction_names_the_parameter() -> None:
 def test_gradient_after_finish_names_the_parameter() -> None:
     model = _Toy()
     buffers = _buffers(model, ParallelContext.single(), overlap=False)
-    buffers.begin_microbatch(is_last=True)
+    buffers.begin_step(1)
     buffers.finish()
     with pytest.raises(RuntimeError, match=r"table: a gradient arrived after"):
         model(_tokens(0, 0, 0)).backward()

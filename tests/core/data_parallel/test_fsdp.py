@@ -108,7 +108,7 @@ class Run:
         place = model_placement(self.ctx, case.parallel, dtype)
         self.model = build_llama(case.model, place, case.recompute)
         self.sharing = publish_sharing(declared_parameters(self.model), self.ctx)
-        self.parallel: DataParallel = make_data_parallel(self.model, self.ctx, case.parallel, dtype)
+        self.parallel: DataParallel = make_data_parallel([self.model], self.ctx, case.parallel, dtype)
         initialize_parameters(self.parallel.parameters, seed=3)
         config = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_grad=0.2)
         self.optimizer = OptimizerStep(
@@ -124,10 +124,10 @@ class Run:
         dp = self.ctx.dp
         size = BATCH // (dp.size * MICROBATCHES)
         total = torch.zeros((), dtype=torch.float64)
+        self.parallel.begin_step(MICROBATCHES)
         for i in range(MICROBATCHES):
             first = (i * dp.size + dp.rank) * size
             at = slice(first, first + size)
-            self.parallel.begin_microbatch(is_last=i == MICROBATCHES - 1)
             losses = self.model(text[at, :-1], text[at, 1:], DropoutKey(5, step, first))
             loss = torch.where(mask[at], losses, 0.0).sum() / mask.sum()
             (loss * self.optimizer.loss_scale.scale).backward()
@@ -329,7 +329,7 @@ def _with_buffers() -> None:
     declare_parameter(model, "weight", (4,), declaration, dtype=torch.float32, device=device)
     model.register_buffer("table", torch.ones(4, device=device))
     with pytest.raises(ValueError, match="must have no buffers"):
-        make_data_parallel(model, ctx, config)
+        make_data_parallel([model], ctx, config)
 
 
 def _too_narrow() -> None:
@@ -337,7 +337,7 @@ def _too_narrow() -> None:
     ctx = ParallelContext.create(config, torch.device("cpu"))
     model = build_llama(MODEL, Placement(ctx, torch.bfloat16, ctx.device))
     with pytest.raises(ValueError, match=r"is torch\.bfloat16: build the model in fp32"):
-        make_data_parallel(model, ctx, config)
+        make_data_parallel([model], ctx, config)
 
 
 def _with_values() -> bool:
@@ -347,7 +347,7 @@ def _with_values() -> bool:
     model = build_llama(MODEL, Placement(ctx, torch.float32, ctx.device))
     initialize_parameters(declared_parameters(model), seed=1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    made = make_data_parallel(model, ctx, config)
+    made = make_data_parallel([model], ctx, config)
     for name, declared in made.parameters.items():
         assert declared.sharding.name == name
         for copy in declared.sharding.copies:

@@ -87,7 +87,7 @@ class _Run:
         for name, declared in self.parameters.items():
             declared.parameter.requires_grad_(not case.frozen or case.frozen not in name)
         sharing = publish_sharing(self.parameters, ctx)
-        self.data_parallel = make_data_parallel(self.model, ctx, config)
+        self.data_parallel = make_data_parallel([self.model], ctx, config)
         self.optimizer = OptimizerStep(
             self.data_parallel,
             sharing,
@@ -103,10 +103,10 @@ class _Run:
         tokens = torch.randint(0, 67, (SAMPLES, SEQUENCE + 1), generator=generator)
         size = SAMPLES // dp.size // MICROBATCHES
         factor = float("nan") if number in self.case.spoiled else 1.0
+        self.data_parallel.begin_step(MICROBATCHES)
         for i in range(MICROBATCHES):
             first = (i * dp.size + dp.rank) * size
             part = tokens[first : first + size]
-            self.data_parallel.begin_microbatch(is_last=i == MICROBATCHES - 1)
             losses = self.model(part[:, :-1], part[:, 1:], DropoutKey(0, number, first))
             (losses.sum() * (factor / (SAMPLES * SEQUENCE))).backward()
         result = self.optimizer.step(3e-3, 0.1)
@@ -368,7 +368,7 @@ def _steps_without_forward() -> bool:
         _late(patch)
         run = _Run(Case(), 1)
         run.step(0)
-        run.data_parallel.begin_microbatch(is_last=True)
+        run.data_parallel.begin_step(1)
         for region in run.data_parallel.regions:
             region.main_grad.fill_(1.0)
         assert bool(run.optimizer.step(1e-3, 0.1).applied)

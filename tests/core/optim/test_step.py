@@ -54,8 +54,8 @@ class _Run:
         rows = 8 // self.ctx.tp.size
         first = self.ctx.tp.rank * rows
         factor *= float(self.optimizer.loss_scale.scale)
+        self.buffers.begin_step(2)
         for microbatch in range(2):
-            self.buffers.begin_microbatch(is_last=microbatch == 1)
             index = 2 * self.ctx.dp.rank + microbatch
             weight = _gradient(WEIGHT, step, index)[first : first + rows] * factor
             norm = _gradient(NORM, step, index) * factor / self.ctx.tp.size
