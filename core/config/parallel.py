@@ -30,7 +30,16 @@ class ParallelConfig:
     tp: int = 1
     """Tensor parallel size: neighbouring ranks share each layer."""
     pp: int = 1
-    """Pipeline parallel size. Above 1 is refused until the pipeline schedules are built."""
+    """Pipeline parallel size: stages that each hold a part of the layers."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zbv"] = "1f1b"
+    """Order in which stages compute; `python -m core.pipeline show` draws them. interleaved:
+    several pieces per stage, so less idle time and more messages; zb_h1, zbv: weight gradients are
+    put off until a stage would be idle."""
+    virtual_stages: int | None = None
+    """interleaved: pieces per stage; by default 2."""
+    layout: str | None = None
+    """Parts of each piece, as in 'E t*3|t*3|t*2|L' (E embedding, t layer, L head and loss); by
+    default balanced by cost."""
     dp: int | None = None
     """Data parallel size; by default the number of processes over tp * pp."""
     cp: int = 1
@@ -77,7 +86,7 @@ class ParallelConfig:
 
 
 def _sizes_are_positive(config: ParallelConfig) -> None:
-    for name in ("tp", "pp", "dp", "cp", "ep", "bucket_mib"):
+    for name in ("tp", "pp", "dp", "cp", "ep", "bucket_mib", "virtual_stages"):
         value = getattr(config, name)
         if value is not None and value < 1:
             option = f"--parallel.{name.replace('_', '-')}"
@@ -85,7 +94,7 @@ def _sizes_are_positive(config: ParallelConfig) -> None:
 
 
 def _axes_are_built(config: ParallelConfig) -> None:
-    for name in ("pp", "cp", "ep"):
+    for name in ("cp", "ep"):
         if getattr(config, name) > 1:
             raise ConfigError(
                 f"--parallel.{name} is {getattr(config, name)}, but this axis is not built yet: "
@@ -99,6 +108,18 @@ def _sequence_parallel_needs_tp(config: ParallelConfig) -> None:
             "--parallel.sequence-parallel does nothing with --parallel.tp 1: raise tp or leave it "
             "out"
         )
+
+
+def _pipeline_knobs_do_something(config: ParallelConfig) -> None:
+    for name, option in (
+        ("schedule", f"schedule {config.schedule}"),
+        ("virtual_stages", f"virtual-stages {config.virtual_stages}"),
+        ("layout", f"layout {config.layout!r}"),
+    ):
+        if config.pp == 1 and getattr(config, name) != getattr(ParallelConfig, name):
+            raise ConfigError(
+                f"--parallel.{option} does nothing with --parallel.pp 1: raise pp or leave it out"
+            )
 
 
 def _fsdp2_has_one_stage(config: ParallelConfig) -> None:
@@ -156,6 +177,7 @@ PARALLEL_RULES = (
     _fsdp2_has_one_stage,
     _axes_are_built,
     _sequence_parallel_needs_tp,
+    _pipeline_knobs_do_something,
     _data_parallel_knobs_do_something,
     _recompute_knobs_do_something,
 )

@@ -15,6 +15,8 @@ from core.config.transformer import (
     validate_transformer,
 )
 from core.errors import ConfigError, about
+from core.pipeline.chosen import chosen_layout
+from core.pipeline.costs import language_model_parts
 
 ModelConfigT = TypeVar("ModelConfigT")
 
@@ -71,6 +73,10 @@ def _model_can_be_cut(config: RunConfig[TransformerConfig]) -> None:
         )
 
 
+def _pipeline_can_be_cut(config: RunConfig[TransformerConfig]) -> None:
+    chosen_layout(language_model_parts(config.model, config.data.seq_length), config.parallel)
+
+
 def _attention_has_a_kernel(config: RunConfig[TransformerConfig]) -> None:
     # What `auto` will find is not known here: the task looks again on its device.
     with about("--model"):
@@ -118,6 +124,7 @@ def _master_weights_are_kept(config: RunConfig[Any]) -> None:
 RUN_RULES = (
     _sequence_fits_model,
     _model_can_be_cut,
+    _pipeline_can_be_cut,
     _attention_has_a_kernel,
     _batch_can_be_cut,
     _saving_knobs_have_a_folder,

@@ -67,9 +67,10 @@ class GradBuffers:
     On every trainable parameter it sets `main_grad`, a view that gradients are accumulated into,
     and `grad_ready`, called without arguments each time a whole gradient has been added. The first
     step counts those calls; later steps start a bucket once each of its parameters has been ready
-    that often for each microbatch of the step, in whatever order the gradients come. A parameter with an ordinary gradient needs no call: a
-    hook adds the gradient to `main_grad`, drops `.grad` and calls `grad_ready`. The parameters'
-    `deferred` lets a pipeline put products that make weight gradients off.
+    that often for each microbatch of the step, in whatever order the gradients come. A parameter
+    with an ordinary gradient needs no call: a hook adds the gradient to `main_grad`, drops `.grad`
+    and calls `grad_ready`. The parameters' `deferred` lets a pipeline put products that make weight
+    gradients off.
 
     Updated parameters are awaited by the forward pass of the module that owns them, so a parameter
     must not be read by another module before that.

@@ -23,9 +23,9 @@ class DeferredProducts:
         from its first entry to its last.
         """
         assert self._open is None, "a backward pass inside a backward pass"
-        self._open = products = []
+        self._open = []
         try:
-            yield products
+            yield self._open
         finally:
             self._open = None
 

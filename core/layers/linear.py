@@ -3,7 +3,7 @@
 Legend: s sequence, b batch, i input width, o output width; s/tp under sequence parallelism.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -69,12 +69,7 @@ class _Linear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         flat = dy.flatten(0, -2)
-
-        def later() -> None:
-            whole = all_gather_first(x, axis) if ctx.kind == "sequence" else x
-            accumulate_product(weight, flat, whole.flatten(0, -2))
-
-        if needs_weight and put_off(weight, later):
+        if needs_weight and put_off(weight, _product(weight, flat, x.detach(), axis, ctx.kind)):
             needs_weight = False
         gathering, reducing = None, None
         if ctx.kind == "sequence" and needs_weight:
@@ -94,6 +89,20 @@ class _Linear(torch.autograd.Function):
             dbias = accumulate_sum(bias, flat)
         wait(reducing)
         return dx, dweight, dbias, None, None
+
+
+def _product(
+    weight: nn.Parameter, dy: Tensor, x: Tensor, axis: Axis, kind: InputKind
+) -> Callable[[], None]:
+    """A weight gradient to be computed later, which gathers its input only then; it must not hold
+    the graph.
+    """
+
+    def compute() -> None:
+        whole = all_gather_first(x, axis) if kind == "sequence" else x
+        accumulate_product(weight, dy, whole.flatten(0, -2))
+
+    return compute
 
 
 def parallel_linear(

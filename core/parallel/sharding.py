@@ -110,7 +110,7 @@ class DeclaredParameter:
     weight_decay: bool
     modules: tuple[nn.Module, ...]
     """All modules that hold the parameter: several where it is tied."""
-    across_stages: bool = False
+    across_stages: bool
     """Other pipeline stages hold it too."""
 
     @property

@@ -13,7 +13,7 @@ Parallelism with Controllable Memory", 2024).
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -90,6 +90,14 @@ class Schedule:
     def sends_gradient(self, piece: int) -> bool:
         """Whether a piece's backward pass sends a gradient: something trainable is before it."""
         return any(self.trainable[:piece])
+
+    def forward_only(self) -> "Schedule":
+        """The forward passes alone, for an evaluation: nothing is trained."""
+        return replace(
+            self,
+            trainable=(False,) * len(self.trainable),
+            actions=tuple(tuple(a for a in stage if a.kind == F) for stage in self.actions),
+        )
 
     def needs(self, stage: int, action: Action) -> Message | None:
         """The message without which an action cannot start."""

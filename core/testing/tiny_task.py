@@ -31,6 +31,7 @@ from core.parallel.sharding import (
     declare_parameter,
     whole_copy,
 )
+from core.pipeline.costs import Part, Work
 from core.training.task import LossOutput
 
 
@@ -78,17 +79,23 @@ class TinyModel(nn.Module):
         super().__init__()
         self.dropout = Dropout(place.ctx, 0.1, "dropout")
         shape = (config.vocab_size, config.hidden_size)
-        for name in ("embedding", "head"):
+        self.holds = [name for i, name in enumerate(("embedding", "head")) if place.holds(i)]
+        for name in self.holds:
             declaration = Declaration(shape, whole_copy(shape), normal_init(0.3))
             declare_parameter(
                 self, name, shape, declaration, dtype=place.dtype, device=place.device
             )
 
-    def forward(self, tokens: Tensor, key: DropoutKey | None) -> Tensor:
-        """`[b, s]` to logits `[b, s, v]`."""
-        hidden = self.get_parameter("embedding")[tokens.t()]
-        hidden = self.dropout(hidden, key).transpose(0, 1)
-        return hidden @ self.get_parameter("head").t()
+    def forward(
+        self, tokens: Tensor, key: DropoutKey | None, hidden: Tensor | None = None
+    ) -> Tensor:
+        """`[b, s]` to logits `[b, s, v]`, or from or to hidden states `[s, b, h]`."""
+        if "embedding" in self.holds:
+            hidden = self.dropout(self.get_parameter("embedding")[tokens.t()], key)
+        assert hidden is not None
+        if "head" not in self.holds:
+            return hidden
+        return hidden.transpose(0, 1) @ self.get_parameter("head").t()
 
 
 def _fail() -> None:
@@ -121,8 +128,23 @@ class TinyTask:
         """Everything goes."""
         self._rank = ctx.world.rank
 
+    def parts(self, data: DataConfig) -> Sequence[Part]:
+        """Embedding and head."""
+        count = self.model_config.vocab_size * self.model_config.hidden_size
+        work = Work(1.0, 1.0, 1.0)
+        return (
+            Part(symbol="E", name="embedding", work=work, parameters=count),
+            Part(symbol="L", name="head", work=work, parameters=count),
+        )
+
+    def payload(
+        self, ctx: ParallelContext, data: DataConfig, micro_batch_size: int, part: int
+    ) -> Mapping[str, tuple[int, ...]]:
+        """Hidden states."""
+        return {"hidden": (data.seq_length, micro_batch_size, self.model_config.hidden_size)}
+
     def build_model(self, place: Placement) -> nn.Module:
-        """The model."""
+        """The model or one of its parts."""
         return TinyModel(self.model_config, place)
 
     def flops_per_token(self, seq_length: int, *, causal: bool) -> float:
@@ -152,13 +174,18 @@ class TinyTask:
             counts["square"] = batch.tokens[:, ::2].numel()
         return counts
 
-    def forward_step(self, model: nn.Module, batch: Batch, key: DropoutKey | None) -> LossOutput:
+    def forward_step(
+        self, chunk: nn.Module, batch: Batch, key: DropoutKey | None, received: Mapping[str, Tensor]
+    ) -> LossOutput | Mapping[str, Tensor]:
         """Cross entropy of labels that count, and the second loss."""
         if key is not None:
             time.sleep(self.seconds)
             if self.fail_at == (self._rank, key.step):
                 self.fail()
-        logits = model(batch.tokens, key)
+        logits = chunk(batch.tokens, key, received.get("hidden"))
+        assert isinstance(chunk, TinyModel)
+        if "head" not in chunk.holds:
+            return {"hidden": logits}
         losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
         loss = torch.where(batch.loss_mask.flatten(), losses, 0.0).sum()
         if key is not None and key.step in self.infinite_at:

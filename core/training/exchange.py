@@ -19,10 +19,11 @@ class Exchange:
     anyone's.
     """
 
-    def __init__(self, ctx: ParallelContext) -> None:
+    def __init__(self, ctx: ParallelContext, loss_stage: int) -> None:
+        """`loss_stage`: the pipeline stage that computes the loss."""
         self._group, self._device = ctx.world.group, ctx.device
-        # The loss comes out of the last stage, alike on all its tensor-parallel ranks.
-        self._speaks = ctx.tp.rank == 0 and ctx.pp.rank == ctx.pp.size - 1
+        # The loss is alike on all tensor-parallel ranks of its stage.
+        self._speaks = ctx.tp.rank == 0 and ctx.pp.rank == loss_stage
 
     def sum(self, stop: bool, counts: Sequence[int], scalars: Sequence[Tensor] = ()) -> Tensor:
         """Sum over the world; collective, one all-reduce. On CUDA the host does not wait.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from core.config.data import DataConfig
 from core.config.parallel import RecomputeConfig
@@ -24,6 +24,7 @@ from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
 from core.parallel.random import DropoutKey
 from core.parallel.sharding import DeclaredParameter
+from core.pipeline.costs import Part, language_model_parts
 from core.training.task import LossOutput
 from core.transformer.language_model import LanguageModel
 
@@ -73,8 +74,19 @@ class LanguageModelTask:
         )
         validate_attention(self.model_config, ctx.device.type, seq_length=data.seq_length)
 
+    def parts(self, data: DataConfig) -> Sequence[Part]:
+        """Embedding, layers, head."""
+        return language_model_parts(self.model_config, data.seq_length)
+
+    def payload(
+        self, ctx: ParallelContext, data: DataConfig, micro_batch_size: int, part: int
+    ) -> Mapping[str, tuple[int, ...]]:
+        """Hidden states."""
+        length = data.seq_length // (ctx.tp.size if ctx.sequence_parallel else 1)
+        return {"hidden": (length, micro_batch_size, self.model_config.hidden_size)}
+
     def build_model(self, place: Placement) -> nn.Module:
-        """The model, its parameters not yet initialised."""
+        """The model or a piece of it, its parameters not yet initialised."""
         return self.build(self.model_config, place, self.recompute)
 
     def flops_per_token(self, seq_length: int, *, causal: bool) -> float:
@@ -116,10 +128,14 @@ class LanguageModelTask:
         """Tokens that count, of a batch on the host."""
         return {"lm": int(batch.loss_mask.sum())}
 
-    def forward_step(self, model: nn.Module, batch: Batch, key: DropoutKey | None) -> LossOutput:
-        """Sum of the next-token cross entropy over the tokens that count."""
+    def forward_step(
+        self, chunk: nn.Module, batch: Batch, key: DropoutKey | None, received: Mapping[str, Tensor]
+    ) -> LossOutput | Mapping[str, Tensor]:
+        """Sum of the next-token cross entropy over the tokens that count, or hidden states."""
         smoothing = 0.0 if key is None else self.label_smoothing
-        losses = model(batch.tokens, batch.labels, key, smoothing)
+        losses = chunk(batch.tokens, batch.labels, key, smoothing, received.get("hidden"))
+        if chunk.output_layer is None:
+            return {"hidden": losses}
         # Not a product: a loss that is not finite at a token that does not count must not spread.
         return LossOutput({"lm": torch.where(batch.loss_mask, losses, 0.0).sum()})
 

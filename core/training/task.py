@@ -14,6 +14,7 @@ from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
 from core.parallel.random import DropoutKey
 from core.parallel.sharding import DeclaredParameter
+from core.pipeline.costs import Part
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,20 @@ class TrainTask(Protocol):
             ConfigError: it does not.
         """
 
+    def parts(self, data: DataConfig) -> Sequence[Part]:
+        """What pipeline stages are composed of, in the order in which data passes it."""
+
+    def payload(
+        self, ctx: ParallelContext, data: DataConfig, micro_batch_size: int, part: int
+    ) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that this part gets from the one before it, if a stage
+        begins with it. They have the format of the computation.
+        """
+
     def build_model(self, place: Placement) -> nn.Module:
-        """The model with parameters made by `declare_parameter`, not yet initialised."""
+        """The parts of the model that `place` holds, with parameters made by `declare_parameter`,
+        not yet initialised.
+        """
 
     def flops_per_token(self, seq_length: int, *, causal: bool) -> float:
         """Model FLOPs of one token's forward and backward."""
@@ -67,8 +80,20 @@ class TrainTask(Protocol):
     def count(self, batch: Any) -> dict[str, int]:
         """Valid tokens for every loss, from the batch on the host."""
 
-    def forward_step(self, model: nn.Module, batch: Any, key: DropoutKey | None) -> LossOutput:
-        """One microbatch, already on the device. `key` is None in evaluation."""
+    def forward_step(
+        self, chunk: nn.Module, batch: Any, key: DropoutKey | None, received: Mapping[str, Tensor]
+    ) -> LossOutput | Mapping[str, Tensor]:
+        """One microbatch, already on the device, through one piece of the model.
+
+        Args:
+            chunk: as `build_model` made it.
+            batch: the same for all pieces.
+            key: makes dropout masks; None in evaluation.
+            received: what the piece before has given; nothing in the first.
+
+        Returns:
+            In the last piece the losses, otherwise what the next piece needs (`payload`).
+        """
 
     def import_weights(
         self, source: Path, parameters: Mapping[str, DeclaredParameter]

@@ -23,20 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.config.run import RunConfig
 from core.config.train import validate_batch_sizes
 from core.data.loader import BatchLoader
 from core.data.tokenizers import load_tokenizer
-from core.data_parallel.modes import make_data_parallel, model_placement
 from core.errors import ConfigError, DataError
-from core.optim.gradients import publish_sharing
 from core.optim.schedules import learning_rate, weight_decay
 from core.optim.step import OptimizerStep, SkipLimit, StepResult
 from core.parallel.context import ParallelContext
-from core.parallel.random import DropoutKey
-from core.parallel.sharding import declared_parameters
 from core.training.data_order import check_same_order, sample_order
 from core.training.exchange import Exchange, LateValues
 from core.training.failure import SAVING, Patience, SentenceHandler, Watchdog
@@ -52,8 +48,9 @@ from core.training.metrics import (
     Tracker,
     peak_tflops,
 )
+from core.training.staged_model import StagedModel
 from core.training.state import RunState
-from core.training.task import LossOutput, TrainTask
+from core.training.task import TrainTask
 
 DTYPES = {
     "fp64": torch.float64,
@@ -139,21 +136,20 @@ class Trainer:
         validate_batch_sizes(train, ctx.dp.size)
         task.validate(ctx, config.data)
         dtype = DTYPES[config.precision.dtype]
-        self.model: nn.Module = task.build_model(model_placement(ctx, config.parallel, dtype))
-        sharing = publish_sharing(declared_parameters(self.model), ctx)
-        self._data_parallel = make_data_parallel(self.model, ctx, config.parallel, dtype)
+        self.model = StagedModel(task, config, ctx, dtype)
+        parallel, sharing = self.model.data_parallel, self.model.sharing
         self.optimizer = OptimizerStep(
-            self._data_parallel, sharing, ctx, config.optimizer, config.precision, train.seed
+            parallel, sharing, ctx, config.optimizer, config.precision, train.seed
         )
         console = Console(enabled=ctx.world.rank == 0, total_steps=train.steps)
         self._reporter = Reporter(console, self._throughput(dtype), ctx.device)
-        self.state = RunState(task, config, ctx, self._data_parallel, self.optimizer)
+        self.state = RunState(task, config, ctx, parallel, self.optimizer)
         start = self.state.start()
         self._skips = SkipLimit(
             config.optimizer.max_consecutive_skips, self.optimizer.loss_scale.minimum
         )
         self._skips.consecutive = self.state.position.consecutive_skips
-        self._exchange = Exchange(ctx)
+        self._exchange = Exchange(ctx, self.model.loss_stage)
         self._pending: PendingReport | None = None
         train_data, valid_data = (datasets or make_datasets(task, config))[:2]
         if train_data is None:
@@ -239,17 +235,11 @@ class Trainer:
         """Forward, backward and update; returns this rank's sums of losses and metrics."""
         position, train = self.state.position, self.config.train
         weights = torch.where(counts > 0, self.optimizer.loss_scale.scale / counts, 0.0)
-        sums = _Sums()
-        for number, batch in enumerate(data.batches):
-            self._data_parallel.begin_microbatch(is_last=number == len(data.batches) - 1)
-            key = DropoutKey(train.seed, position.step, batch.first_sample)
-            output = self.task.forward_step(self.model, batch.to(self.ctx.device), key)
-            sums.add(output, data.names)
-            pairs = zip(data.names, weights, strict=True)
-            torch.stack([output.losses[name] * weight for name, weight in pairs]).sum().backward()
+        named = dict(zip(data.names, weights, strict=True))
+        sums = self.model.train(data.batches, named, train.seed, position.step)
         decay = weight_decay(self.config.optimizer, position.step, train.steps)
         result = self.optimizer.step(rate, decay, valid=counts.sum() > 0)
-        return sums.scalars(len(data.batches) * self.ctx.dp.size), result
+        return sums, result
 
     def _fetch_training(self) -> StepData:
         consumed = self.state.position.consumed_samples
@@ -345,7 +335,6 @@ class Trainer:
         self._reporter.step(FinishedStep(report.step, tokens, report.values.mark), row)
         return values["stop"] > 0.0
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float] | None:
         """Loss on the first samples of the validation set, each valid token counting once.
 
@@ -362,24 +351,19 @@ class Trainer:
         train = self.config.train
         totals: dict[str, float] = {}
         names: tuple[str, ...] = ()
-        self.model.eval()
         for step in range(train.eval_steps):
             self._watchdog.beat(self.state.position.step, "evaluation")
             samples = train.global_batch_size
             data = self._fetch(self._valid_loader, step * samples, samples)
-            sums, names = _Sums(), data.names
-            for batch in data.batches:
-                output = self.task.forward_step(self.model, batch.to(self.ctx.device), None)
-                sums.add(output, names)
+            names = data.names
+            scalars = self.model.evaluate(data.batches, names)
             stop = self._stop.reason is not None
-            scalars = sums.scalars(1)
             summed = self._exchange.sum(stop, data.counts, [scalars[f"loss/{n}"] for n in names])
             keys = ["stop", *(f"count/{n}" for n in names), *(f"loss/{n}" for n in names)]
             for key, value in zip(keys, summed.tolist(), strict=True):
                 totals[key] = totals.get(key, 0.0) + value
             if totals["stop"]:
                 break
-        self.model.train()
         self._reporter.pause_over()
         return None if totals["stop"] else _mean_losses(totals, names)
 
@@ -421,15 +405,17 @@ class Trainer:
 
     def _describe(self, train_data: Any, valid_data: Any) -> Iterator[str]:
         """What a person wants to know before the first step."""
-        config, ctx, parameters = self.config, self.ctx, self.state.parameters
-        count = sum(math.prod(p.sharding.global_shape) for p in parameters.values())
-        train = config.train
+        config, ctx, train = self.config, self.ctx, self.config.train
+        count = self.model.sharing.elements
         yield f"{self.task.family}: {count:,} parameters in {config.precision.dtype}"
         sequence = ", sequence parallel" if ctx.sequence_parallel else ""
         yield (
             f"{ctx.world.size} processes on {ctx.device.type}: tp {ctx.tp.size}{sequence}, "
             f"pp {ctx.pp.size}, dp {ctx.dp.size}"
         )
+        if ctx.pp.size > 1:
+            yield f"schedule {config.parallel.schedule}, layout {self.model.layout}"
+            yield self.model.layout.table()
         yield (
             f"global batch {train.global_batch_size}: "
             f"{self._microbatches(train.global_batch_size)} microbatches of "
@@ -438,32 +424,6 @@ class Trainer:
         yield from self.task.describe(ctx, config.data, DTYPES[config.precision.dtype])
         valid = 0 if valid_data is None else len(valid_data)
         yield f"data: {len(train_data):,} training samples, {valid:,} validation samples"
-
-
-class _Sums:
-    """Running sums over the microbatches of a step, on the device."""
-
-    def __init__(self) -> None:
-        self._losses: dict[str, Tensor] = {}
-        self._metrics: dict[str, Tensor] = {}
-
-    def add(self, output: LossOutput, names: tuple[str, ...]) -> None:
-        """Add one microbatch."""
-        if set(output.losses) != set(names):
-            raise ValueError(
-                f"forward_step gave the losses {sorted(output.losses)}, but count those of "
-                f"{sorted(names)}"
-            )
-        for sums, values in ((self._losses, output.losses), (self._metrics, output.metrics)):
-            for name, value in values.items():
-                value = value.detach().double()
-                sums[name] = sums[name] + value if name in sums else value
-
-    def scalars(self, microbatches: int) -> dict[str, Tensor]:
-        """Sums of losses; metrics so that they add up to their mean over this many."""
-        losses = {f"loss/{name}": value for name, value in self._losses.items()}
-        metrics = {f"metric/{name}": x / microbatches for name, x in self._metrics.items()}
-        return {**losses, **metrics}
 
 
 def _late_values(

@@ -25,7 +25,6 @@ from core.parallel.random import DropoutKey, normal_init
 from core.spec import IDENTITY, ModuleSpec
 from core.transformer.stack import LayerStack
 
-
 TABLE = "embedding.word_embeddings.weight"
 """Global name of the table that a tied head shares."""
 

@@ -10,23 +10,29 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.config.data import DataConfig
 from core.config.optimizer import OptimizerConfig
 from core.config.parallel import ParallelConfig, RecomputeConfig
 from core.config.precision import PrecisionConfig
+from core.config.run import RunConfig
+from core.config.train import TrainConfig
 from core.config.transformer import RopeConfig, TransformerConfig
-from core.data_parallel.modes import make_data_parallel
-from core.optim.gradients import ReplicaGradients, check_copies_agree, publish_sharing
+from core.data.loader import Batch
+from core.optim.gradients import ReplicaGradients, check_copies_agree
 from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext
-from core.parallel.placement import Placement, initialize_parameters
-from core.parallel.random import DropoutKey, Init
-from core.parallel.sharding import DeclaredParameter, declared_parameters
+from core.parallel.placement import initialize_parameters
+from core.parallel.random import Init
+from core.parallel.sharding import DeclaredParameter
 from core.testing.distributed import WorkerPool
 from core.testing.parity import assert_close, gather_regions, gather_whole
-from models.llama.model import build_llama
+from core.training.exchange import Exchange
+from core.training.staged_model import StagedModel
+from models.llama.train import llama_task
 
 DataParallelMode = Literal["zero1", "replicated"]
-GLOBAL_BATCH, MICROBATCHES, SEQUENCE = 8, 2, 16
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zbv"]
+GLOBAL_BATCH, SEQUENCE = 8, 16
 TOLERANCE = 1e-9
 
 BASE = TransformerConfig(
@@ -57,6 +63,11 @@ MODELS = {
         num_query_groups=None,
         rope=RopeConfig(type="llama3", factor=8.0, original_max_position_embeddings=8, theta=5e5),
     ),
+    # Enough for 8 pieces; tied and untied.
+    "deep": dataclasses.replace(
+        BASE, num_layers=6, qkv_bias=True, num_query_groups=1, tie_embeddings=True
+    ),
+    "deep untied": dataclasses.replace(BASE, num_layers=7, normalization="layernorm"),
     "layernorm": dataclasses.replace(
         BASE, normalization="layernorm", gated_mlp=False, activation="gelu_tanh", mlp_bias=True
     ),
@@ -89,10 +100,28 @@ class Layout:
     dp: int = 1
     sp: bool = False
     mode: DataParallelMode = "zero1"
+    pp: int = 1
+    schedule: Schedule = "1f1b"
+    chunks: int | None = None
+    layout: str | None = None
+    microbatches: int = 2
 
     @property
     def size(self) -> int:
-        return self.tp * self.dp
+        return self.tp * self.dp * self.pp
+
+    @property
+    def config(self) -> ParallelConfig:
+        return ParallelConfig(
+            tp=self.tp,
+            pp=self.pp,
+            schedule=self.schedule,
+            virtual_stages=self.chunks,
+            layout=self.layout,
+            sequence_parallel=self.sp,
+            data_parallel=self.mode,
+            bucket_mib=1,
+        )
 
 
 @dataclass
@@ -128,18 +157,24 @@ def _randomized(parameters: dict[str, DeclaredParameter]) -> dict[str, DeclaredP
 
 class _Run:
     def __init__(self, case: Case, layout: Layout) -> None:
-        config = ParallelConfig(
-            tp=layout.tp, sequence_parallel=layout.sp, data_parallel=layout.mode, bucket_mib=1
-        )
         self.case = case
-        self.ctx = ctx = ParallelContext.create(config, torch.device("cpu"))
-        assert (ctx.tp.size, ctx.dp.size) == (layout.tp, layout.dp)
+        self.ctx = ctx = ParallelContext.create(layout.config, torch.device("cpu"))
+        assert (ctx.tp.size, ctx.dp.size, ctx.pp.size) == (layout.tp, layout.dp, layout.pp)
+        self.microbatches = layout.microbatches
+        self.size = GLOBAL_BATCH // (layout.dp * layout.microbatches)
+        config = RunConfig(
+            model=case.config,
+            parallel=dataclasses.replace(layout.config, recompute=case.recompute),
+            data=DataConfig(synthetic=True, seq_length=SEQUENCE),
+            train=TrainConfig(
+                micro_batch_size=self.size, label_smoothing=case.label_smoothing, steps=1
+            ),
+        )
         dtype = torch.float64 if case.dtype == "fp64" else torch.float32
-        self.model = build_llama(case.config, Placement(ctx, dtype, ctx.device), case.recompute)
-        self.parameters = declared_parameters(self.model)
+        self.model = StagedModel(llama_task(config), config, ctx, dtype)
+        self.data_parallel, sharing = self.model.data_parallel, self.model.sharing
+        self.parameters = self.data_parallel.parameters
         initialize_parameters(_randomized(self.parameters), seed=3)
-        sharing = publish_sharing(self.parameters, ctx)
-        self.data_parallel = make_data_parallel([self.model], ctx, config)
         regions, counted = self.data_parallel.regions, self.data_parallel.counted
         self.gradients = ReplicaGradients(regions, counted, sharing, ctx)
         self.optimizer = OptimizerStep(
@@ -154,20 +189,14 @@ class _Run:
         """Forward and backward of one step; the global mean loss."""
         tokens, labels, mask = _batch(step)
         dp = self.ctx.dp
-        size = GLOBAL_BATCH // (dp.size * MICROBATCHES)
-        total = torch.zeros((), dtype=torch.float64)
-        self.data_parallel.begin_step(MICROBATCHES)
-        for i in range(MICROBATCHES):
-            sample = (i * dp.size + dp.rank) * size
-            at = slice(sample, sample + size)
-            key = DropoutKey(5, step, sample)
-            losses = self.model(tokens[at], labels[at], key, self.case.label_smoothing)
-            loss = torch.where(mask[at], losses, 0.0).sum() / mask.sum()
-            loss.backward()
-            total += loss.detach()
-        if self.ctx.dp.group is not None:
-            torch.distributed.all_reduce(total, group=self.ctx.dp.group)
-        return total.item()
+        batches = []
+        for i in range(self.microbatches):
+            sample = (i * dp.size + dp.rank) * self.size
+            at = slice(sample, sample + self.size)
+            batches.append(Batch(tokens[at], labels[at], mask[at], sample))
+        sums = self.model.train(batches, {"lm": 1.0 / mask.sum()}, 5, step)
+        exchange = Exchange(self.ctx, self.model.loss_stage)
+        return (exchange.sum(False, (), [sums["loss/lm"]])[1] / mask.sum()).item()
 
     def outcome(self) -> Outcome:
         first = self.backward(0)
@@ -253,6 +282,50 @@ def test_every_model_and_recompute(pool: WorkerPool, layout: Layout) -> None:
 @pytest.mark.parametrize("layout", [Layout(2, 2, True), Layout(4, 2, True)], ids=str)
 def test_recompute_under_a_layout(pool: WorkerPool, layout: Layout) -> None:
     _compare(pool, layout, [Case("rich", 0.2, recompute=recompute) for recompute in RECOMPUTES])
+
+
+def _pipelines(tp: int, dp: int, pp: int) -> list[Layout]:
+    """Every schedule; as many microbatches as there are samples, which leaves warm-up and tail."""
+    chunks: dict[Schedule, int | None] = {"1f1b": None, "gpipe": None, "zb_h1": None, "zbv": None}
+    chunks["interleaved"] = 2
+    return [
+        Layout(tp, dp, tp > 1, pp=pp, schedule=s, chunks=c, microbatches=GLOBAL_BATCH // dp)
+        for s, c in chunks.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *_pipelines(1, 1, 2),
+        Layout(1, 2, pp=2, schedule="zbv", microbatches=4),
+        Layout(2, 2, True, pp=2, layout="E t|t*5 L", microbatches=2),
+        Layout(2, 1, True, pp=4, schedule="zb_h1", layout="E|t*3||t*3 L", microbatches=4),
+        Layout(1, 2, pp=4, schedule="interleaved", microbatches=2),
+    ],
+    ids=str,
+)
+def test_pipeline_equals_one_process(pool: WorkerPool, layout: Layout) -> None:
+    _compare(pool, layout, [Case("deep", 0.2, steps=2)])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "layout",
+    [
+        layout
+        for pp in (2, 4)
+        for tp in (1, 2)
+        for dp in (1, 2)
+        if pp * tp * dp <= 8
+        for layout in _pipelines(tp, dp, pp)
+    ],
+    ids=str,
+)
+def test_every_pipeline(pool: WorkerPool, layout: Layout) -> None:
+    cases = [Case("deep", 0.2), Case("deep untied", 0.1, label_smoothing=0.1)]
+    cases += [Case("deep", 0.2, steps=2, recompute=recompute) for recompute in RECOMPUTES]
+    _compare(pool, layout, cases)
 
 
 def _loss_curve(case: Case, layout: Layout) -> list[float]:

@@ -14,7 +14,10 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("_sizes_are_positive", {"tp": 0}, "--parallel.tp is 0: it must be at least 1"),
     ("_sizes_are_positive", {"pp": -1}, "--parallel.pp is -1"),
     ("_sizes_are_positive", {"bucket_mib": 0}, "--parallel.bucket.mib is 0"),
-    ("_axes_are_built", {"pp": 2}, "--parallel.pp is 2, but this axis is not built yet"),
+    ("_sizes_are_positive", {"virtual_stages": 0}, "--parallel.virtual-stages is 0"),
+    ("_pipeline_knobs_do_something", {"schedule": "zbv"}, "schedule zbv does nothing with"),
+    ("_pipeline_knobs_do_something", {"virtual_stages": 2}, "virtual-stages 2 does nothing"),
+    ("_pipeline_knobs_do_something", {"layout": "EtL"}, "layout 'EtL' does nothing with"),
     ("_axes_are_built", {"cp": 2}, "--parallel.cp is 2"),
     ("_axes_are_built", {"ep": 2}, "--parallel.ep is 2"),
     (

@@ -108,7 +108,9 @@ class Run:
         place = model_placement(self.ctx, case.parallel, dtype)
         self.model = build_llama(case.model, place, case.recompute)
         self.sharing = publish_sharing(declared_parameters(self.model), self.ctx)
-        self.parallel: DataParallel = make_data_parallel([self.model], self.ctx, case.parallel, dtype)
+        self.parallel: DataParallel = make_data_parallel(
+            [self.model], self.ctx, case.parallel, dtype
+        )
         initialize_parameters(self.parallel.parameters, seed=3)
         config = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_grad=0.2)
         self.optimizer = OptimizerStep(

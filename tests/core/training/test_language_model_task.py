@@ -17,7 +17,7 @@ from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement, initialize_parameters
 from core.parallel.random import DropoutKey
 from core.parallel.sharding import declared_parameters
-from core.training.task import TrainTask
+from core.training.task import LossOutput, TrainTask
 from core.transformer.language_model import LanguageModel
 from models.llama.train import llama_task
 
@@ -53,7 +53,9 @@ def test_loss_is_the_sum_over_counted_tokens(smoothing: float, training: bool) -
     initialize_parameters(declared_parameters(model), seed=2)
     key = DropoutKey(0, 0, 0) if training else None
     with torch.no_grad():
-        found = task.forward_step(model, batch, key).losses
+        output = task.forward_step(model, batch, key, {})
+        assert isinstance(output, LossOutput)
+        found = output.losses
         logits = model.logits(batch.tokens)
     expected = F.cross_entropy(
         logits[batch.loss_mask],

@@ -34,7 +34,7 @@ def trained(config: RunConfig[TinyConfig], task: TinyTask | None = None) -> Trai
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    return {name: p.detach().clone() for name, p in trainer.model.chunks[0].named_parameters()}
 
 
 def everything(trainer: Trainer) -> dict[str, Tensor]:
@@ -129,7 +129,9 @@ def manual_loss(trainer: Trainer, samples: range) -> float:
     for index in samples:
         sample = {name: torch.from_numpy(value) for name, value in dataset[index].items()}
         losses = F.cross_entropy(
-            trainer.model(sample["tokens"][None], None)[0], sample["labels"], reduction="none"
+            trainer.model.chunks[0](sample["tokens"][None], None)[0],
+            sample["labels"],
+            reduction="none",
         )
         total += float(losses.detach()[sample["loss_mask"]].sum())
         count += int(sample["loss_mask"].sum())
@@ -142,7 +144,7 @@ def test_evaluation_is_the_mean_over_valid_tokens(tmp_path: Path) -> None:
     assert [row["step"] for row in losses] == [4, 6]
     expected = manual_loss(trainer, range(24))
     assert losses[-1]["validation_loss"] == pytest.approx(expected, rel=1e-12)
-    assert trainer.model.training
+    assert trainer.model.chunks[0].training
 
 
 def test_a_step_without_valid_tokens_is_consumed_but_not_applied(tmp_path: Path) -> None:
@@ -215,7 +217,7 @@ def test_save_comes_before_load_and_load_before_init_from(tmp_path: Path) -> Non
     (hf / "tokenizer.json").write_text("{}")
     config = tiny_run(save=tmp_path / "a", init_from=hf, steps=1)
     trainer = Trainer(TinyTask(), config, ParallelContext.single())
-    assert all(bool((p == 1.0).all()) for p in trainer.model.parameters())
+    assert all(bool((p == 1.0).all()) for p in trainer.model.chunks[0].parameters())
     trainer.fit()
     reader = open_checkpoint(tmp_path / "a")
     assert reader.sections["source"]["config"] == {"architectures": ["Tiny"]}

@@ -1,0 +1,147 @@
+"""Messages between pipeline stages: what each neighbour sends, in the order in which it sends it.
+
+Every directed edge has a communicator of its own, since sends rendezvous and messages of opposite
+directions on one could wait for each other. Sends do not hold up the computation. Receives are
+posted ahead, in the sender's order, with up to two unused messages an edge:
+`core/pipeline/simulate.py` says why that is enough.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from core.parallel.context import ParallelContext
+from core.pipeline.schedules import Edge, Message, Schedule
+from core.pipeline.stage_map import StageMap
+
+RECEIVE_SLOTS = 2
+"""Received messages that may wait for their use, per edge."""
+
+Payload = Mapping[str, Tensor]
+"""What passes from a piece to the next, by name."""
+
+
+@dataclass(frozen=True)
+class Wires:
+    """How a stage is connected, the same in every step."""
+
+    stage: int
+    ranks: tuple[int, ...]
+    """Global rank of every stage, at this rank's place on the other axes."""
+    groups: Mapping[Edge, dist.ProcessGroup]
+    """For every edge that begins or ends here, a group of its two ranks."""
+    shapes: Sequence[Mapping[str, tuple[int, ...]]]
+    """For every piece, the tensors that it receives from the piece before; none for the first.
+    Their gradients have the same shapes."""
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def connect(
+        cls,
+        where: StageMap,
+        ctx: ParallelContext,
+        shapes: Sequence[Mapping[str, tuple[int, ...]]],
+        dtype: torch.dtype,
+    ) -> "Wires":
+        """Connect all stages.
+
+        Collective over the world: one group for every edge at every place on the other axes.
+
+        Args:
+            where: which stage holds which piece.
+            ctx: the process axes; pp are the stages.
+            shapes: see the field.
+            dtype: format of all messages.
+        """
+        stages = [where.stage(piece) for piece in range(where.pieces)]
+        edges = {edge for a, b in pairwise(stages) if a != b for edge in (Edge(a, b), Edge(b, a))}
+        own = ctx.new_channels(sorted(edges))
+        groups = {edge: own[edge] for edge in edges if edge in own}
+        return cls(ctx.pp.rank, ctx.pp.ranks, groups, shapes, dtype, ctx.device)
+
+    def shapes_of(self, message: Message) -> Mapping[str, tuple[int, ...]]:
+        """Names and shapes of a message's tensors."""
+        return self.shapes[message.piece + (message.content == "gradient")]
+
+
+class Mailbox:
+    """The messages of one stage in one run of a schedule."""
+
+    def __init__(self, schedule: Schedule, wires: Wires) -> None:
+        """Post the first receives."""
+        self._wires, self._where = wires, schedule.stage_map
+        self._expected = {
+            edge: deque(messages)
+            for edge, messages in schedule.channels().items()
+            if edge.target == wires.stage
+        }
+        self._source = {m: edge for edge, messages in self._expected.items() for m in messages}
+        self._posted: dict[Message, tuple[dict[str, Tensor], list[dist.Work]]] = {}
+        self._local: dict[Message, Payload] = {}
+        # A tensor must live until it has been sent.
+        self._sending: deque[tuple[Tensor, dist.Work]] = deque()
+        for edge in self._expected:
+            for _ in range(RECEIVE_SLOTS):
+                self._post(edge)
+
+    def take(self, message: Message) -> Payload:
+        """Wait for a message (on CUDA, the current stream does) and make room for another."""
+        if message in self._local:
+            return self._local.pop(message)
+        tensors, works = self._posted.pop(message)
+        for work in works:
+            work.wait()
+        self._post(self._source[message])
+        return tensors
+
+    def put(self, message: Message, payload: Payload) -> None:
+        """Send a message, or keep it if its piece lies on this stage; waits for nothing.
+
+        Raises:
+            ValueError: the tensors are not what the target has made room for.
+        """
+        wires, target = self._wires, self._where.stage(message.piece)
+        found = {name: tuple(tensor.shape) for name, tensor in payload.items()}
+        formats = {tensor.dtype for tensor in payload.values()}
+        if found != dict(wires.shapes_of(message)) or formats - {wires.dtype}:
+            raise ValueError(
+                f"{message} is {found} in {formats}, but {dict(wires.shapes_of(message))} in "
+                f"{wires.dtype} was agreed"
+            )
+        if target == wires.stage:
+            self._local[message] = payload
+            return
+        while self._sending and self._sending[0][1].is_completed():
+            self._sending.popleft()
+        group = wires.groups[Edge(wires.stage, target)]
+        for name in sorted(payload):
+            tensor = payload[name].contiguous()
+            work = dist.isend(tensor, dst=wires.ranks[target], group=group)
+            assert work is not None
+            self._sending.append((tensor, work))
+
+    def close(self) -> None:
+        """Wait until all is sent (on CUDA, the current stream does)."""
+        unused = [*self._posted, *self._local]
+        assert not unused, f"the schedule left {unused} unused"
+        while self._sending:
+            self._sending.popleft()[1].wait()
+
+    def _post(self, edge: Edge) -> None:
+        if not self._expected[edge]:
+            return
+        message, wires = self._expected[edge].popleft(), self._wires
+        shapes, group = wires.shapes_of(message), wires.groups[edge]
+        tensors, works = {}, []
+        for name in sorted(shapes):
+            tensors[name] = torch.empty(shapes[name], dtype=wires.dtype, device=wires.device)
+            work = dist.irecv(tensors[name], src=wires.ranks[edge.source], group=group)
+            assert work is not None
+            works.append(work)
+        self._posted[message] = tensors, works
