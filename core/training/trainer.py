@@ -125,18 +125,19 @@ class Trainer:
         self.task, self.config, self.ctx = task, config, ctx
         train = config.train
         self._stop = StopRequest(train.exit_duration_minutes)
-        self._watchdog = Watchdog(
-            Patience(train.hang_timeout_seconds, train.sigterm_grace_seconds),
-            failures or SentenceHandler(),
-            self._stop,
-            ctx.describe_groups(),
-        )
         if train.deterministic:
             use_deterministic_kernels()
         validate_batch_sizes(train, ctx.dp.size)
         task.validate(ctx, config.data)
         dtype = DTYPES[config.precision.dtype]
         self.model = StagedModel(task, config, ctx, dtype)
+        # By now all process groups exist.
+        self._watchdog = Watchdog(
+            Patience(train.hang_timeout_seconds, train.sigterm_grace_seconds),
+            failures or SentenceHandler(),
+            self._stop,
+            ctx.describe_groups(),
+        )
         parallel, sharing = self.model.data_parallel, self.model.sharing
         self.optimizer = OptimizerStep(
             parallel, sharing, ctx, config.optimizer, config.precision, train.seed

@@ -27,7 +27,8 @@ from core.training.trainer import Trainer
 from models.llama.train import llama_task
 
 Mode = Literal["fp32", "bf16", "lean"]
-Layout = tuple[int, int]
+Layout = tuple[int, int] | tuple[int, int, int]
+"""tp, dp and pp."""
 STEPS_A_LEG = 3
 
 MODEL = TransformerConfig(
@@ -64,12 +65,16 @@ KINDS = {
 }
 
 
-def _config(save: Path, dtype: Mode, tp: int, legs: int, leg: int) -> RunConfig[TransformerConfig]:
+def _config(
+    save: Path, dtype: Mode, tp: int, legs: int, leg: int, pp: int = 1
+) -> RunConfig[TransformerConfig]:
     return RunConfig(
         model=MODEL,
         save=str(save),
         device="cpu",
-        parallel=ParallelConfig(tp=tp, sequence_parallel=tp > 1),
+        parallel=ParallelConfig(
+            tp=tp, pp=pp, schedule="zb_h1" if pp > 1 else "1f1b", sequence_parallel=tp > 1
+        ),
         precision=PRECISIONS[dtype],
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, clip_grad=0.5),
         data=DataConfig(synthetic=True, seq_length=16, num_workers=0),
@@ -113,8 +118,10 @@ def _losses(save: Path) -> Tensor:
     ("dtype", "layouts"),
     [
         ("fp32", [(2, 2), (4, 1), (2, 2), (1, 4), (2, 2), (1, 1), (2, 2)]),
+        ("fp32", [(1, 2, 2), (2, 1), (1, 1, 4), (1, 1), (2, 1, 2)]),
         ("bf16", [(2, 2), (1, 4), (4, 1)]),
         ("lean", [(2, 2), (1, 1), (4, 1), (1, 4)]),
+        ("lean", [(1, 1, 2), (1, 2), (1, 2, 2)]),
     ],
     ids=str,
 )
@@ -122,9 +129,10 @@ def test_a_run_goes_on_at_another_layout(
     tmp_path: Path, pool: WorkerPool, dtype: Mode, layouts: list[Layout]
 ) -> None:
     before: Leg | None = None
-    for number, (tp, dp) in enumerate(layouts):
-        config = _config(tmp_path / "moved", dtype, tp, len(layouts), number)
-        leg: Leg = pool.run(_leg, tp * dp, config)[0]
+    for number, layout in enumerate(layouts):
+        tp, dp, pp = (*layout, 1)[:3]
+        config = _config(tmp_path / "moved", dtype, tp, len(layouts), number, pp)
+        leg: Leg = pool.run(_leg, tp * dp * pp, config)[0]
         assert {name.split()[0] for name in leg.start} == KINDS[dtype]
         if before is not None:
             assert leg.start.keys() == before.end.keys()

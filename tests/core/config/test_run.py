@@ -62,6 +62,21 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("_batch_can_be_cut", {"parallel": ParallelConfig(dp=3)}, "data parallel size 3"),
     (
+        "_pipeline_can_be_cut",
+        {"parallel": ParallelConfig(pp=16)},
+        "--parallel.pp 16: 16 stages of 1 chunks hold 16 pieces, but the model",
+    ),
+    (
+        "_pipeline_can_be_cut",
+        {"parallel": ParallelConfig(pp=2, virtual_stages=2)},
+        "schedule 1f1b cannot serve 2 chunks per stage",
+    ),
+    (
+        "_pipeline_can_be_cut",
+        {"parallel": ParallelConfig(pp=2, layout="E t*9|t L")},
+        "--parallel.layout: layout 'E t.9.t L' names t 10 times, but the model",
+    ),
+    (
         "_saving_knobs_have_a_folder",
         {"train": TrainConfig(save_interval=5)},
         "--train.save-interval 5 does nothing without --save",
@@ -93,6 +108,7 @@ SOUND: list[dict[str, Any]] = [
         "parallel": ParallelConfig(data_parallel="fsdp2"),
         "precision": PrecisionConfig(moments="bf16"),
     },
+    {"parallel": ParallelConfig(pp=2, schedule="zbv")},
     {"train": TrainConfig(save_interval=5), "save": "out"},
     {"train": TrainConfig(eval_interval=5)},
     {"train": TrainConfig(eval_interval=5), "data": data(valid=("other",))},
