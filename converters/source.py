@@ -180,7 +180,8 @@ def load_into(
     Args:
         parameters: of the model as this rank has it.
         source: the opened folder.
-        config: the model's config, compared with the source's.
+        config: the model's config, compared with the source's. Without it this rank must have some
+            of every parameter, which a pipeline stage has not.
 
     Returns:
         What a checkpoint should remember of the source.
@@ -198,7 +199,7 @@ def load_into(
                 f"the model and {source.folder.path} differ in {'; '.join(found[:4])}: choose the "
                 "preset that belongs to the weights"
             )
-    check_model(source.plan, parameters)
+    check_model(source.plan, parameters, whole=config is None)
     for name, declared in parameters.items():
         data = declared.local
         for copy in declared.sharding.copies:

@@ -232,3 +232,44 @@ def test_overlap_changes_no_bit(pool: WorkerPool, sharded: bool) -> None:
         for step, found in enumerate(gradients):
             for name in found:
                 assert torch.equal(found[name], first[step][name])
+
+
+def test_microbatches_of_a_step_may_change_and_interleave() -> None:
+    """A bucket starts when all gradients of the step have come, in whatever order."""
+    model = _Toy(torch.float64)
+    buffers = _buffers(model, ParallelContext.single())
+    for microbatches in (2, 3, 1):
+        buffers.begin_step(microbatches)
+        losses = [model(_tokens(0, 0, m)) for m in range(microbatches)]
+        started = []
+        for loss in reversed(losses):
+            started.append(buffers._started)
+            loss.backward()
+        assert set(started) == {0}
+        assert buffers._started == (0 if microbatches == 2 else 2)
+        buffers.finish()
+        buffers.zero()
+
+
+def test_a_parameter_used_in_some_microbatches_only_is_reduced_at_the_end() -> None:
+    model = _Toy(torch.float64)
+    buffers = _buffers(model, ParallelContext.single())
+    for step in range(2):
+        buffers.begin_step(2)
+        for microbatch in range(2):
+            model(_tokens(step, 0, microbatch), skip_first=microbatch == 0).backward()
+        assert buffers._started == step  # the bucket of `scale`
+        buffers.finish()
+        buffers.zero()
+
+
+def test_what_other_stages_hold_has_a_bucket_of_its_own() -> None:
+    model = nn.Module()
+    for name in ("a", "shared", "b"):
+        declaration = Declaration(
+            (4,), whole_copy((4,), "partial"), normal_init(1.0), across_stages=name == "shared"
+        )
+        declare_parameter(model, name, (4,), declaration, dtype=torch.float32, device=CPU)
+    buffers = _buffers(model, ParallelContext.single())
+    names = [[slot.sharding.name for slot in bucket.slots] for bucket in buffers.buckets]
+    assert names == [["shared"], ["b", "a"]]

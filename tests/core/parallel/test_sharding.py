@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from core.errors import ConfigError
-from core.parallel.random import ZEROS
+from core.parallel.random import ZEROS, normal_init
 from core.parallel.sharding import (
     Block,
     Box,
@@ -15,6 +15,7 @@ from core.parallel.sharding import (
     split_blocks,
     split_units,
     split_vocab,
+    tie_chunks,
     whole_copy,
 )
 
@@ -116,3 +117,23 @@ def test_copies_must_fit() -> None:
             dtype=torch.float32,
             device=CPU,
         )
+
+
+def test_pieces_on_one_rank_share_what_both_hold() -> None:
+    def piece(*names: str) -> nn.Module:
+        module = nn.Module()
+        for name in names:
+            declaration = Declaration((2,), whole_copy((2,)), normal_init(1.0), global_name=name)
+            attribute = name.replace(".", "_")
+            declare_parameter(module, attribute, (2,), declaration, dtype=torch.float32, device=CPU)
+        return module
+
+    chunks = [piece("table", "a"), piece("b", "table")]
+    with pytest.raises(ValueError, match="two parameters have the global name table"):
+        declared_parameters(*chunks)
+    tie_chunks(chunks)
+    found = declared_parameters(*chunks)
+    assert list(found) == ["table", "a", "b"]
+    assert found["table"].modules == tuple(chunks)
+    assert found["a"].modules == (chunks[0],)
+    assert chunks[0].get_parameter("table") is chunks[1].get_parameter("table")

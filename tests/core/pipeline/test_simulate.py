@@ -264,3 +264,11 @@ def test_values_for_pieces_must_fit() -> None:
         simulate(schedule, Costs(activation_bytes=(1,)))
     with pytest.raises(ConfigError, match="receive_slots is 0"):
         simulate(schedule, Costs(receive_slots=0))
+
+
+@pytest.mark.parametrize(("name", "stages", "chunks"), SIZES)
+def test_forward_passes_alone_come_to_no_deadlock(name: str, stages: int, chunks: int) -> None:
+    for microbatches in (1, 2, stages, 2 * stages + 1):
+        schedule = make_schedule(name, stages=stages, microbatches=microbatches, chunks=chunks)
+        result = simulate(schedule.forward_only(), Costs(receive_slots=2, transfer=0.5))
+        assert sum(map(len, result.timeline)) == stages * chunks * microbatches
