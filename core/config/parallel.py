@@ -16,7 +16,7 @@ class RecomputeConfig:
     """none; selective: the named modules of every layer; full: whole layers."""
     method: Literal["uniform", "block"] = "uniform"
     """full only. uniform: layers in groups of `num_layers`, each group recomputed from its input;
-    block: only the first `num_layers` layers, one by one."""
+    block: only the first `num_layers` layers of every pipeline piece, one by one."""
     num_layers: int = 1
     """full only. Layers per group (uniform) or layers recomputed (block)."""
     modules: tuple[Literal["core_attention", "mlp", "norm"], ...] = ()

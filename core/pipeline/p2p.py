@@ -51,7 +51,8 @@ class Wires:
     ) -> "Wires":
         """Connect all stages.
 
-        Collective over the world: one group for every edge at every place on the other axes.
+        Collective over the world: one group for every edge at every place on the other axes, and
+        one element sent over each.
 
         Args:
             where: which stage holds which piece.
@@ -62,7 +63,15 @@ class Wires:
         stages = [where.stage(piece) for piece in range(where.pieces)]
         edges = {edge for a, b in pairwise(stages) if a != b for edge in (Edge(a, b), Edge(b, a))}
         own = ctx.new_channels(sorted(edges))
-        groups = {edge: own[edge] for edge in edges if edge in own}
+        groups = {edge: own[edge] for edge in sorted(edges) if edge in own}
+        # NCCL may connect two ranks at their first transfer, which both must then be waiting in: a
+        # receive that is posted ahead would never return. In one order of edges, each pair meets.
+        element = torch.zeros(1, device=ctx.device)
+        for edge, group in groups.items():
+            if ctx.pp.rank == edge.source:
+                dist.send(element, dst=ctx.pp.ranks[edge.target], group=group)
+            else:
+                dist.recv(element, src=ctx.pp.ranks[edge.source], group=group)
         return cls(ctx.pp.rank, ctx.pp.ranks, groups, shapes, dtype, ctx.device)
 
     def shapes_of(self, message: Message) -> Mapping[str, tuple[int, ...]]:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -121,6 +122,10 @@ class Schedule:
         """For every directed edge, its messages in the order in which they are sent, which is also
         the order in which the target has to receive them.
         """
+        return self._channels
+
+    @cached_property
+    def _channels(self) -> dict[Edge, tuple[Message, ...]]:
         sent: dict[Edge, list[Message]] = {}
         for stage, actions in enumerate(self.actions):
             for action in actions:

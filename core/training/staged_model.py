@@ -84,7 +84,7 @@ class StagedModel:
         self.data_parallel.begin_step(len(batches))
         keys = [DropoutKey(seed, step, batch.first_sample) for batch in batches]
         sums = _Sums(tuple(weights), self._ctx.device)
-        self._run(self._schedule(len(batches)), batches, keys, sums, weights)
+        self._run(self._schedule(len(batches), True), batches, keys, sums, weights)
         if self._metrics is None:
             self._metrics = self._agree(sums.metric_names)
         return sums.scalars(self._metrics, len(batches) * self._ctx.dp.size)
@@ -92,7 +92,7 @@ class StagedModel:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
         """Forward passes alone; the sums of losses, as `train` returns them."""
-        schedule = self._schedule(len(batches)).forward_only()
+        schedule = self._schedule(len(batches), False)
         sums = _Sums(tuple(names), self._ctx.device)
         for chunk in self.chunks:
             chunk.eval()
@@ -119,15 +119,16 @@ class StagedModel:
 
         Executor(schedule, self._wires, self.data_parallel.deferred).run(forward)
 
-    def _make_schedule(self, microbatches: int) -> Schedule:
+    def _make_schedule(self, microbatches: int, trains: bool) -> Schedule:
         where = self.layout.stage_map
-        return make_schedule(
+        schedule = make_schedule(
             self._parallel.schedule,
             stages=where.stages,
             microbatches=microbatches,
             chunks=where.chunks,
             trainable=self.layout.trainable,
         )
+        return schedule if trains else schedule.forward_only()
 
     def _agree(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """What the loss stage says, on all stages; collective over pp."""

@@ -195,3 +195,22 @@ def test_another_model_is_not_filled(tmp_path: Path) -> None:
     wider = declared_parameters(build_llama(replace(source.config, ffn_hidden_size=50), place))
     with pytest.raises(ConversionError, match=r"linear_fc1\.weight is \[100, 40\]"):
         load_into(wider, source)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+def test_pipeline_stages_are_filled(tmp_path: Path, variant: str) -> None:
+    """Each with its own parameters; a tied table on both ends."""
+    folder = save_hf_model(tmp_path / "x", variant)
+    config = open_source(folder).config
+    place = Placement(ParallelContext.single(), torch.float64, torch.device("cpu"))
+    whole = declared_parameters(build_llama(config, place))
+    import_weights(folder, config, whole)
+    seen: set[str] = set()
+    for parts in (range(2), range(2, 3), range(3, config.num_layers + 2)):
+        piece = declared_parameters(build_llama(config, replace(place, parts=parts)))
+        import_weights(folder, config, piece)
+        assert piece.keys() & seen <= {"embedding.word_embeddings.weight"}
+        seen |= piece.keys()
+        for name, declared in piece.items():
+            assert torch.equal(declared.local, whole[name].local)
+    assert seen == whole.keys()

@@ -93,7 +93,12 @@ def test_weight_gradients_wait_for_their_action() -> None:
     calls: list[str] = []
     weight: Any = model.second.weight
     ready = weight.grad_ready
-    weight.grad_ready = lambda: (calls.append("ready"), ready())
+
+    def note_ready() -> None:
+        calls.append("ready")
+        ready()
+
+    weight.grad_ready = note_ready
     with buffers.deferred.collect() as products:
         model(_input(0)).sum().backward()
     assert calls == []
@@ -126,7 +131,7 @@ def _outputs_die(name: str) -> list[bool]:
     schedule = make_schedule(name, stages=2, microbatches=MICROBATCHES)
     buffers.begin_step(MICROBATCHES)
     outputs: list[Any] = []
-    gone = []
+    gone: list[bool] = []
 
     def forward(chunk: int, microbatch: int, received: Any) -> Any:
         gone.extend(ref() is None for ref in outputs[-1:])
