@@ -17,7 +17,7 @@ def chosen_layout(parts: Sequence[Part], config: ParallelConfig) -> Layout:
     Raises:
         ConfigError: the model cannot be cut so.
     """
-    with about(f"--parallel.schedule {config.schedule}"):
+    with about(f"--parallel.virtual-stages {config.virtual_stages}"):
         where = stage_map_for(config.schedule, config.pp, config.virtual_stages)
     if config.layout is not None:
         with about("--parallel.layout"):

@@ -299,6 +299,7 @@ def _pipelines(tp: int, dp: int, pp: int) -> list[Layout]:
     [
         *_pipelines(1, 1, 2),
         Layout(1, 2, pp=2, schedule="zbv", microbatches=4),
+        Layout(1, 2, mode="replicated", pp=2),
         Layout(2, 2, True, pp=2, layout="E t|t*5 L", microbatches=2),
         Layout(2, 1, True, pp=4, schedule="zb_h1", layout="E|t*3||t*3 L", microbatches=4),
         Layout(1, 2, pp=4, schedule="interleaved", microbatches=2),
@@ -337,7 +338,16 @@ def _loss_curve(case: Case, layout: Layout) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("layout", [Layout(2), Layout(4, 2, True), Layout(1, 4)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(2),
+        Layout(4, 2, True),
+        Layout(1, 4),
+        Layout(1, 2, pp=2, schedule="zb_h1", microbatches=4),
+    ],
+    ids=str,
+)
 def test_fp32_loss_curve_is_that_of_one_process(pool: WorkerPool, layout: Layout) -> None:
     case = Case("plain", dropout=0.1, dtype="fp32", steps=20)
     expected = torch.tensor(_loss_curve(case, Layout()))
