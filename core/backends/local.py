@@ -1,28 +1,37 @@
 """The backend that needs only torch."""
 
+from dataclasses import dataclass
+
 from torch import nn
 
 from core.backends.provider import NormKind
 from core.layers.attention import CoreAttention
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.norm import LayerNorm, RMSNorm
+from core.spec import ModuleSpec
 
 
+@dataclass(frozen=True)
 class LocalSpecProvider:
     """This project's own layers over torch and the functions of `core.kernels`."""
 
-    def column_parallel_linear(self) -> type[ColumnParallelLinear]:
+    def for_layer(self, layer: int) -> "LocalSpecProvider":
+        """The same for every layer."""
+        return self
+
+    def column_parallel_linear(self) -> ModuleSpec[ColumnParallelLinear]:
         """Linear layer cut by output features."""
-        return ColumnParallelLinear
+        return ModuleSpec(ColumnParallelLinear)
 
-    def row_parallel_linear(self) -> type[RowParallelLinear]:
+    def row_parallel_linear(self) -> ModuleSpec[RowParallelLinear]:
         """Linear layer cut by input features."""
-        return RowParallelLinear
+        return ModuleSpec(RowParallelLinear)
 
-    def norm(self, kind: NormKind) -> type[nn.Module]:
+    def norm(self, kind: NormKind) -> ModuleSpec[nn.Module]:
         """Norm over the last dimension."""
-        return {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[kind]
+        norms: dict[NormKind, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+        return ModuleSpec(norms[kind])
 
-    def core_attention(self) -> type[CoreAttention]:
+    def core_attention(self) -> ModuleSpec[CoreAttention]:
         """Attention without weights."""
-        return CoreAttention
+        return ModuleSpec(CoreAttention)

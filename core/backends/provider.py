@@ -1,26 +1,32 @@
 """What a backend supplies. Layer specs are written once against this; `local` needs only torch."""
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import nn
 
-from core.layers.attention import CoreAttention
-from core.layers.linear import ColumnParallelLinear, RowParallelLinear
+from core.spec import ModuleSpec
 
 NormKind = Literal["rmsnorm", "layernorm"]
 
 
 class BackendSpecProvider(Protocol):
-    """Classes for the places in a layer's specs."""
+    """Specs for the places in a layer. A spec's `params` hold what the backend itself decides, such
+    as a recipe for low precision; its module is constructed as the class of `local` is.
+    """
 
-    def column_parallel_linear(self) -> type[ColumnParallelLinear]:
+    def for_layer(self, layer: int) -> "BackendSpecProvider":
+        """The provider for layer `layer`, counted over the whole model: backends may treat the
+        first and last layers in another way.
+        """
+
+    def column_parallel_linear(self) -> ModuleSpec[Any]:
         """Linear layer cut by output features."""
 
-    def row_parallel_linear(self) -> type[RowParallelLinear]:
+    def row_parallel_linear(self) -> ModuleSpec[Any]:
         """Linear layer cut by input features."""
 
-    def norm(self, kind: NormKind) -> type[nn.Module]:
+    def norm(self, kind: NormKind) -> ModuleSpec[nn.Module]:
         """Norm over the last dimension."""
 
-    def core_attention(self) -> type[CoreAttention]:
+    def core_attention(self) -> ModuleSpec[Any]:
         """Attention without weights."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from core.backends.provider import BackendSpecProvider
 from core.config.data import DataConfig
 from core.config.parallel import RecomputeConfig
 from core.config.transformer import (
@@ -33,7 +34,11 @@ class BuildLanguageModel(Protocol):
     """What a family's `model.py` offers."""
 
     def __call__(
-        self, config: TransformerConfig, place: Placement, recompute: RecomputeConfig | None = None
+        self,
+        config: TransformerConfig,
+        place: Placement,
+        recompute: RecomputeConfig | None = None,
+        backend: BackendSpecProvider | None = None,
     ) -> LanguageModel:
         """The model, its parameters not yet initialised."""
 
@@ -56,6 +61,7 @@ class LanguageModelTask:
     build: BuildLanguageModel
     importer: ImportWeights
     recompute: RecomputeConfig
+    backend: BackendSpecProvider
     label_smoothing: float = 0.0
     """In training only."""
 
@@ -87,7 +93,7 @@ class LanguageModelTask:
 
     def build_model(self, place: Placement) -> nn.Module:
         """The model or a piece of it, its parameters not yet initialised."""
-        return self.build(self.model_config, place, self.recompute)
+        return self.build(self.model_config, place, self.recompute, self.backend)
 
     def flops_per_token(self, seq_length: int, *, causal: bool) -> float:
         """Model FLOPs of one token's forward and backward."""

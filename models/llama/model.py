@@ -1,27 +1,7 @@
-"""The Llama family's model."""
+"""The Llama family's model: the plain decoder. Llama, Mistral, Qwen2 and Qwen3 differ only in what
+the config says of biases, query norms and windows.
+"""
 
-from core.backends.local import LocalSpecProvider
-from core.config.parallel import RecomputeConfig
-from core.config.transformer import TransformerConfig
-from core.parallel.placement import Placement
-from core.transformer.language_model import LanguageModel
-from models.llama.layer_specs import llama_layer_spec, llama_norm_spec
+from core.transformer.decoder import build_decoder as build_llama
 
-
-def build_llama(
-    config: TransformerConfig, place: Placement, recompute: RecomputeConfig | None = None
-) -> LanguageModel:
-    """The model, its parameters not yet initialised.
-
-    Raises:
-        ConfigError: heads cannot be divided over tp.
-    """
-    backend = LocalSpecProvider()
-    layers = {i: llama_layer_spec(config, backend, i) for i in range(config.num_layers)}
-    return LanguageModel(
-        config,
-        place,
-        layers=layers,
-        final_norm=llama_norm_spec(config, backend),
-        recompute=recompute,
-    )
+__all__ = ["build_llama"]

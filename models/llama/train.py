@@ -21,6 +21,7 @@ CHOICE = ModelChoice(presets=PRESETS, default="tiny", validate=validate_run)
 
 def llama_task(config: RunConfig[TransformerConfig]) -> "TrainTask":
     """The family's part in training. Imports torch, which `--help` does without."""
+    from core.backends.chosen import chosen_backend
     from core.training.language_model_task import LanguageModelTask
     from models.llama.convert import import_weights
     from models.llama.model import build_llama
@@ -31,6 +32,7 @@ def llama_task(config: RunConfig[TransformerConfig]) -> "TrainTask":
         build=build_llama,
         importer=import_weights,
         recompute=config.parallel.recompute,
+        backend=chosen_backend(config.precision, config.model.num_layers),
         label_smoothing=config.train.label_smoothing,
     )
 

@@ -7,13 +7,14 @@ from torch import nn
 from core.backends.local import LocalSpecProvider
 from core.backends.provider import BackendSpecProvider, NormKind
 from core.layers.norm import LayerNorm, RMSNorm
+from core.spec import ModuleSpec
 
 
 def _calls(provider: BackendSpecProvider) -> dict[str, object]:
-    """What every method of the protocol returns, `norm` for every kind."""
+    """What every method of the protocol that supplies a part returns, `norm` for every kind."""
     calls: dict[str, object] = {}
     for name, method in inspect.getmembers(BackendSpecProvider, inspect.isfunction):
-        if name.startswith("_"):
+        if name.startswith("_") or name == "for_layer":
             continue
         if list(inspect.signature(method).parameters) == ["self"]:
             calls[name] = getattr(provider, name)()
@@ -23,12 +24,12 @@ def _calls(provider: BackendSpecProvider) -> dict[str, object]:
     return calls
 
 
-def test_every_method_returns_a_class_of_modules() -> None:
-    calls = _calls(LocalSpecProvider())
+def test_every_method_returns_the_spec_of_a_module() -> None:
+    calls = _calls(LocalSpecProvider().for_layer(0))
     assert len(calls) >= 5
     for name, found in calls.items():
-        assert isinstance(found, type), name
-        assert issubclass(found, nn.Module), name
+        assert isinstance(found, ModuleSpec), name
+        assert issubclass(found.module, nn.Module), name
 
 
 def test_offers_nothing_that_the_protocol_does_not_know() -> None:
@@ -40,7 +41,7 @@ def test_offers_nothing_that_the_protocol_does_not_know() -> None:
 
 
 def test_norms() -> None:
-    assert LocalSpecProvider().norm("rmsnorm") is RMSNorm
-    assert LocalSpecProvider().norm("layernorm") is LayerNorm
+    assert LocalSpecProvider().norm("rmsnorm").module is RMSNorm
+    assert LocalSpecProvider().norm("layernorm").module is LayerNorm
     with pytest.raises(KeyError):
         LocalSpecProvider().norm("batchnorm")  # type: ignore[arg-type]

@@ -191,7 +191,7 @@ def _mlp(**changes: Any) -> Callable[[Placement], LayerCase]:
 def _self_attention_spec(config: TransformerConfig, **params: Any) -> ModuleSpec[Any]:
     submodules = SelfAttentionSubmodules(COLUMN, CORE, ROW)
     if config.qk_norm != "none":
-        norm = ModuleSpec(BACKEND.norm(config.qk_norm))
+        norm = BACKEND.norm(config.qk_norm)
         submodules = dataclasses.replace(submodules, q_norm=norm, k_norm=norm)
     return ModuleSpec(SelfAttention, params=params, submodules=submodules)
 
@@ -241,7 +241,7 @@ def _layer(
 ) -> Callable[[Placement], LayerCase]:
     def build(place: Placement) -> LayerCase:
         config = _config(**changes)
-        norm = ModuleSpec(BACKEND.norm(config.normalization))
+        norm = BACKEND.norm(config.normalization)
         extra: dict[str, Any] = {}
         if cross:
             submodules = CrossAttentionSubmodules(COLUMN, COLUMN, CORE, ROW)

@@ -18,8 +18,8 @@ from core.parallel.random import DropoutKey
 from core.parallel.sharding import declared_parameters
 from core.spec import IdentityOp, ModuleSpec
 from core.testing.layouts import randomize
+from core.transformer.decoder import decoder_layer_spec
 from core.transformer.stack import LayerStack
-from models.llama.layer_specs import llama_layer_spec
 
 CPU = torch.device("cpu")
 S, B, H = 16, 2, 16
@@ -60,7 +60,7 @@ def _stack(
     **kwargs: Any,
 ) -> LayerStack:
     if layers is None:
-        layers = {i: llama_layer_spec(CONFIG, BACKEND, i) for i in range(CONFIG.num_layers)}
+        layers = {i: decoder_layer_spec(CONFIG, BACKEND, i) for i in range(CONFIG.num_layers)}
     place = Placement(ParallelContext.single(), dtype, CPU)
     stack = LayerStack(CONFIG, place, name="decoder", layers=layers, recompute=recompute, **kwargs)
     randomize(declared_parameters(stack))
@@ -80,9 +80,9 @@ def test_layers_of_many_kinds_numbered_over_the_whole_model() -> None:
     other = dataclasses.replace(CONFIG, ffn_hidden_size=8)
     scale: ModuleSpec[Any] = ModuleSpec(_Scale, params={"factor": 0.5})
     layers = {
-        7: llama_layer_spec(CONFIG, BACKEND, 7),
+        7: decoder_layer_spec(CONFIG, BACKEND, 7),
         8: scale,
-        11: llama_layer_spec(other, BACKEND, 11),
+        11: decoder_layer_spec(other, BACKEND, 11),
     }
     stack = _stack(layers, final_norm=ModuleSpec(RMSNorm))
     names = set(declared_parameters(stack))
@@ -117,7 +117,7 @@ def test_recompute_keeps_the_gradient_of_what_an_encoder_gave() -> None:
 def test_dropout_follows_the_global_number() -> None:
     outputs = []
     for number in (0, 1):
-        stack = _stack({number: llama_layer_spec(CONFIG, BACKEND, number)})
+        stack = _stack({number: decoder_layer_spec(CONFIG, BACKEND, number)})
         parameters = declared_parameters(stack)
         for declared in parameters.values():
             declared.parameter.data.fill_(0.1)
