@@ -47,7 +47,13 @@ def start_all_gather_first(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work | N
     if axis.group is None:
         return x, None
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    return out, _gather(out, x.contiguous(), group=axis.group, async_op=True)
+    work = _gather(_bytes(out), _bytes(x.contiguous()), group=axis.group, async_op=True)
+    return out, work
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """What a communicator copies where it does not know the format."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
 def start_reduce_scatter_first(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work | None]:
