@@ -102,7 +102,7 @@ def quantize_both(
             rows,
             columns,
             torch.finfo(dtype).max,
-            scale.numel() > 1,
+            max(scale.numel(), flipped_scale.numel()) > 1,
             _ROWS,
             _COLUMNS,
         )
