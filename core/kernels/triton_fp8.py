@@ -15,8 +15,9 @@ from torch import Tensor
 
 jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
-_ROWS, _COLUMNS = 64, 128
-"""A tile. Both results are written in runs of at least 64 bytes."""
+ROWS: tl.constexpr = tl.constexpr(64)
+COLUMNS: tl.constexpr = tl.constexpr(128)
+"""Of a tile. Both results are written in runs of at least 64 bytes."""
 
 
 @jit
@@ -28,13 +29,10 @@ def _quantize_both(
     flipped: tl.tensor,
     rows: tl.tensor,
     columns: tl.tensor,
-    LIMIT: tl.constexpr,
     BY_ROW: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ) -> None:
-    """One program: a tile of ROWS x COLUMNS. BY_ROW: a scale for each row of each result, else one
-    for all.
+    """One program: a tile. BY_ROW: a scale for each row of each result, else one for all. Numbers
+    past the format's largest become that: so the hardware converts.
     """
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -43,10 +41,10 @@ def _quantize_both(
     if BY_ROW:
         by_row = tl.load(scale + i, mask=i < rows, other=1.0)
         by_column = tl.load(flipped_scale + j, mask=j < columns, other=1.0)
-        first = _narrow(values * tl.div_rn(1.0, by_row)[:, None], LIMIT, out.dtype.element_ty)
-        second = _narrow(values * tl.div_rn(1.0, by_column)[None, :], LIMIT, out.dtype.element_ty)
+        first = (values * tl.div_rn(1.0, by_row)[:, None]).to(out.dtype.element_ty)
+        second = (values * tl.div_rn(1.0, by_column)[None, :]).to(out.dtype.element_ty)
     else:
-        first = _narrow(values * tl.div_rn(1.0, tl.load(scale)), LIMIT, out.dtype.element_ty)
+        first = (values * tl.div_rn(1.0, tl.load(scale))).to(out.dtype.element_ty)
         second = first
     tl.store(out + i[:, None] * columns + j[None, :], first, mask=inside)
     tl.store(
@@ -57,21 +55,8 @@ def _quantize_both(
 
 
 @jit
-def _narrow(x: tl.tensor, LIMIT: tl.constexpr, dtype: tl.constexpr) -> tl.tensor:
-    """Clamp, keeping NaN, and round."""
-    return tl.clamp(x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL).to(dtype)
-
-
-@jit
-def _transpose(
-    x: tl.tensor,
-    out: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> None:
-    """One program: a tile of ROWS x COLUMNS bytes."""
+def _transpose(x: tl.tensor, out: tl.tensor, rows: tl.tensor, columns: tl.tensor) -> None:
+    """One program: a tile of bytes."""
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (i[:, None] < rows) & (j[None, :] < columns)
@@ -92,20 +77,9 @@ def quantize_both(
     out = torch.empty((rows, columns), dtype=dtype, device=x.device)
     flipped = torch.empty((columns, rows), dtype=dtype, device=x.device)
     if x.numel():
-        grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
-        _quantize_both[grid](
-            x,
-            scale.contiguous(),
-            flipped_scale.contiguous(),
-            out,
-            flipped,
-            rows,
-            columns,
-            torch.finfo(dtype).max,
-            max(scale.numel(), flipped_scale.numel()) > 1,
-            _ROWS,
-            _COLUMNS,
-        )
+        by_row = max(scale.numel(), flipped_scale.numel()) > 1
+        scales = scale.contiguous(), flipped_scale.contiguous()
+        _quantize_both[_grid(x)](x, *scales, out, flipped, rows, columns, by_row)
     return out, flipped
 
 
@@ -114,6 +88,9 @@ def transpose(x: Tensor) -> Tensor:
     rows, columns = x.shape
     out = torch.empty((columns, rows), dtype=x.dtype, device=x.device)
     if x.numel():
-        grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
-        _transpose[grid](x.view(torch.uint8), out.view(torch.uint8), rows, columns, _ROWS, _COLUMNS)
+        _transpose[_grid(x)](x.view(torch.uint8), out.view(torch.uint8), rows, columns)
     return out
+
+
+def _grid(x: Tensor) -> tuple[int, int]:
+    return triton.cdiv(x.shape[0], ROWS.value), triton.cdiv(x.shape[1], COLUMNS.value)
