@@ -150,8 +150,8 @@ def report(step: Step, work: Work, seconds: list[float], first: float) -> str:
     lines = [
         f"{work.preset}, {config.num_layers} layers, vocabulary {config.vocab_size}, sequence "
         f"{work.seq_length}, {work.microbatches} x {work.micro_batch_size}, "
-        f"{work.precision.dtype}; tp {ctx.tp.size}, sequence parallel {ctx.sequence_parallel}, dp "
-        f"{ctx.dp.size} {work.parallel.data_parallel}",
+        f"{work.precision.dtype}; tp {ctx.tp.size}, sequence parallel {ctx.sequence_parallel}, "
+        f"overlap {ctx.tp_overlap}, dp {ctx.dp.size} {work.parallel.data_parallel}",
         f"fp8                 {work.precision.fp8}",
         f"master weights      {work.precision.master_weights}, moments {work.precision.moments}",
         f"first loss          {first:.5f}",

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from core.config.parallel import TpOverlap
 from core.data_parallel.main_grad import accumulate_sum, put_off
 from core.errors import ConfigError
+from core.layers.overlap import OVERLAPS, Product, gather, start_gather
 from core.layers.products import PLAIN, Cut, Factor, Products
 from core.parallel.collectives import (
     all_reduce,
-    reduce_scatter_first,
-    start_all_gather_first,
     start_all_reduce,
     start_reduce_scatter_first,
     wait,
@@ -53,6 +52,8 @@ class Plan:
     y: Kind
     """What the output shall be."""
     products: Products = PLAIN
+    overlap: TpOverlap = "none"
+    """How the sequence's communication is hidden."""
 
     @property
     def weight(self) -> Cut:
@@ -81,17 +82,19 @@ class _Linear(torch.autograd.Function):
         keeps = training and weight.requires_grad
         factor, kept = products.factors(flat, _CUTS[plan.x], axis, gradient=False, both=keeps)
         ctx.weight, ctx.bias, ctx.plan = weight, bias, plan
-        if keeps and kept is not None:
+        if keeps:
             # The part of the sequence is kept, not the gathered whole: 1 / tp of the memory.
             ctx.save_for_backward(*kept.by_token, *kept.shared)
             ctx.by_token = len(kept.by_token)
+        product = _prepared(plan, weight, bias, gradient=False)
         if plan.x == "sequence":
-            factor = _gather(factor, axis)
-        y = products.output(factor, products.weight(weight, plan.weight, axis), bias)
-        if plan.y == "sequence":
-            y = reduce_scatter_first(y, axis)
-        elif plan.y == "alike":
-            all_reduce(y, axis)
+            y, _ = OVERLAPS[plan.overlap].of_gathered(factor, product, axis)
+        elif plan.y == "sequence":
+            y = OVERLAPS[plan.overlap].scattered(factor, product, axis)
+        else:
+            y = product(factor)
+            if plan.y == "alike":
+                all_reduce(y, axis)
         return y.view(-1, *x.shape[1:-1], y.shape[-1])
 
     @staticmethod
@@ -102,21 +105,26 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         flat = grads[0].flatten(0, -2).contiguous()
         dy, dy_kept = products.factors(flat, _CUTS[plan.y], axis, gradient=True, both=needs_weight)
+        product = _prepared(plan, weight, None, gradient=True) if needs_x else None
+        dx, dweight, dbias, reducing = None, None, None, None
         if plan.y == "sequence":
-            whole = _gather(dy, axis)
-            dy_kept = whole if dy_kept is dy or dy_kept is None else _gather(dy_kept, axis)
-            dy = whole
+            one = dy_kept is dy
+            if product is None:
+                dy = gather(dy, axis)
+            else:
+                dx, dy = OVERLAPS[plan.overlap].of_gathered(dy, product, axis)
+            if needs_weight:
+                dy_kept = dy if one else gather(dy_kept, axis)
         x, gathering = None, []
         if needs_weight:
             saved = ctx.saved_tensors
             x = Factor(saved[: ctx.by_token], saved[ctx.by_token :])
-            if put_off(weight, _product(plan, weight, dy_kept, x)):
+            if put_off(weight, _later(plan, weight, dy_kept, x)):
                 needs_weight = False
             elif plan.x == "sequence":
-                x, gathering = _start_gather(x, axis)
-        dx, dweight, dbias, reducing = None, None, None, None
-        if needs_x:
-            dx = products.input_gradient(dy, products.weight(weight, plan.weight, axis))
+                x, gathering = start_gather(x, axis)
+        if product is not None and dx is None:
+            dx = product(dy)
             if plan.x == "alike":
                 reducing = start_all_reduce(dx, axis)
             elif plan.x == "sequence":
@@ -133,29 +141,22 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, dbias, None, None
 
 
-def _product(plan: Plan, weight: nn.Parameter, dy: Factor, x: Factor) -> Callable[[], None]:
+def _prepared(plan: Plan, weight: nn.Parameter, bias: Tensor | None, *, gradient: bool) -> Product:
+    made = plan.products.weight(weight, plan.weight, plan.axis)
+    width = weight.shape[1 if gradient else 0]
+    return Product(plan.products, made, gradient, width, weight.dtype, bias)
+
+
+def _later(plan: Plan, weight: nn.Parameter, dy: Factor, x: Factor) -> Callable[[], None]:
     """A weight gradient to be computed later, which gathers its input only then; it must not hold
     the graph.
     """
 
     def compute() -> None:
-        whole = _gather(x, plan.axis) if plan.x == "sequence" else x
+        whole = gather(x, plan.axis) if plan.x == "sequence" else x
         plan.products.weight_gradient(weight, dy, whole)
 
     return compute
-
-
-def _start_gather(part: Factor, axis: Axis) -> tuple[Factor, list[dist.Work | None]]:
-    """All tokens from the ranks that have some; to be read after the works."""
-    started = [start_all_gather_first(x, axis) for x in part.by_token]
-    return Factor(tuple(x for x, _ in started), part.shared), [work for _, work in started]
-
-
-def _gather(part: Factor, axis: Axis) -> Factor:
-    whole, works = _start_gather(part, axis)
-    for work in works:
-        wait(work)
-    return whole
 
 
 def parallel_linear(
@@ -216,7 +217,7 @@ class ColumnParallelLinear(nn.Module):
         axis = place.ctx.tp
         products.check(place.ctx.device)
         kind: Kind = "sequence" if place.ctx.sequence_parallel else "alike"
-        self.plan = Plan(axis, kind, "own", products)
+        self.plan = Plan(axis, kind, "own", products, place.ctx.tp_overlap)
         self.skip_bias_add = skip_bias_add
         rank, size = axis.rank, axis.size
         total = sum(block.rows for block in blocks)
@@ -283,7 +284,8 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         axis, sequence_parallel = place.ctx.tp, place.ctx.sequence_parallel
         products.check(place.ctx.device)
-        self.plan = Plan(axis, "own", "sequence" if sequence_parallel else "alike", products)
+        kind: Kind = "sequence" if sequence_parallel else "alike"
+        self.plan = Plan(axis, "own", kind, products, place.ctx.tp_overlap)
         self.skip_bias_add = skip_bias_add
         if in_block.count % axis.size:
             # Fewer units than ranks would be held by several, and the sum would count them again.

@@ -57,7 +57,7 @@ class Products(Protocol):
 
     def factors(
         self, x: Tensor, cut: Cut, axis: Axis, *, gradient: bool, both: bool
-    ) -> tuple[Factor, Factor | None]:
+    ) -> tuple[Factor, Factor]:
         """Prepare this rank's `[t, n]` of a matrix.
 
         Args:
@@ -69,8 +69,8 @@ class Products(Protocol):
             both: whether the gradient of the weight is wanted.
 
         Returns:
-            The factor for the product that sums over n, and that for the gradient of the weight,
-            which sums over t. They may be one object.
+            The factor for the product that sums over n, and, if `both`, that for the gradient of
+            the weight, which sums over t. They may be one object.
         """
 
     def weight(self, weight: nn.Parameter, cut: Cut, axis: Axis) -> Any:
@@ -96,7 +96,7 @@ class PlainProducts:
 
     def factors(
         self, x: Tensor, cut: Cut, axis: Axis, *, gradient: bool, both: bool
-    ) -> tuple[Factor, Factor | None]:
+    ) -> tuple[Factor, Factor]:
         """The matrix itself, for both."""
         factor = Factor((x,))
         return factor, factor
@@ -172,7 +172,7 @@ class Fp8Products:
 
     def factors(
         self, x: Tensor, cut: Cut, axis: Axis, *, gradient: bool, both: bool
-    ) -> tuple[Factor, Factor | None]:
+    ) -> tuple[Factor, Factor]:
         """Quantise. Transposed here, unless the tokens are yet to be gathered.
 
         Collective over the axis unless `cut` is alike: one or two all-reduces.
@@ -180,7 +180,8 @@ class Fp8Products:
         dtype = E5M2 if gradient else E4M3
         scale = self._scale(x, cut, axis, dtype, by_column=False)
         if not both:
-            return self._by_token(quantize(x, scale, dtype), scale), None
+            by_token = self._by_token(quantize(x, scale, dtype), scale)
+            return by_token, by_token
         other = self._scale(x, cut, axis, dtype, by_column=True) if self.by_row else scale
         if cut == "rows":
             data = quantize(x, scale, dtype)
