@@ -202,8 +202,7 @@ def main() -> None:
     if work.preset not in PRESETS:
         raise ConfigError(f"there is no preset {work.preset}: {did_you_mean(work.preset, PRESETS)}")
     config = dataclasses.replace(PRESETS[work.preset](), num_layers=work.layers)
-    tokens = work.seq_length * work.micro_batch_size
-    validate_fp8(work.precision, config, tp=work.parallel.tp, tokens=tokens)
+    validate_fp8(work.precision, config, work.parallel, work.seq_length * work.micro_batch_size)
     step = Step(work, config, ctx)
     seconds, first = measure(step, work)
     text = report(step, work, seconds, first)

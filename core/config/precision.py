@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from core.config.parallel import ParallelConfig
 from core.config.transformer import TransformerConfig
 from core.errors import ConfigError
 
@@ -140,7 +141,7 @@ def bf16_layers(config: PrecisionConfig, num_layers: int) -> frozenset[int]:
 
 
 def validate_fp8(
-    config: PrecisionConfig, model: TransformerConfig, *, tp: int, tokens: int
+    config: PrecisionConfig, model: TransformerConfig, parallel: ParallelConfig, tokens: int
 ) -> None:
     """Check that FP8 can multiply what a transformer needs: tensor cores take widths that are
     multiples of 16.
@@ -148,11 +149,12 @@ def validate_fp8(
     Args:
         config: number formats.
         model: architecture.
-        tp: tensor parallel size.
+        parallel: layout.
         tokens: of a microbatch.
 
     Raises:
-        ConfigError: no layer is in FP8, or a width does not fit.
+        ConfigError: no layer is in FP8, a width does not fit, or the layout hides communication in
+            a way that is built for bf16 only.
     """
     if config.fp8 == "none":
         return
@@ -162,6 +164,12 @@ def validate_fp8(
             f"--precision.fp8-bf16-last-layers {config.fp8_bf16_last_layers} leave none of "
             f"{model.num_layers} layers in FP8: lower them, or leave --precision.fp8 out"
         )
+    if parallel.tp_overlap == "symmetric_memory":
+        raise ConfigError(
+            "--parallel.tp-overlap symmetric_memory is not built for --precision.fp8 "
+            f"{config.fp8}: use chunked, or leave one of the two out"
+        )
+    tp = parallel.tp
     heads = model.num_attention_heads // tp
     queries_and_keys = (heads + 2 * max(1, model.kv_heads // tp)) * model.kv_channels
     for what, size in (

@@ -123,7 +123,7 @@ def _master_weights_are_kept(config: RunConfig[Any]) -> None:
 
 def _fp8_fits_the_model(config: RunConfig[TransformerConfig]) -> None:
     tokens = config.data.seq_length * config.train.micro_batch_size
-    validate_fp8(config.precision, config.model, tp=config.parallel.tp, tokens=tokens)
+    validate_fp8(config.precision, config.model, config.parallel, tokens)
 
 
 RUN_RULES = (

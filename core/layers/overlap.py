@@ -37,6 +37,12 @@ class Product:
     """Of the result."""
     bias: Tensor | None = None
 
+    @property
+    def matrix(self) -> Tensor:
+        """`[n, m]`, of a layer that multiplies in the format of the activations."""
+        weight: Tensor = self.weight
+        return weight if self.gradient else weight.t()
+
     def __call__(self, x: Factor, out: Tensor | None = None) -> Tensor:
         """`[t, n]` to `[t, m]`."""
         if self.gradient:
@@ -103,7 +109,44 @@ class Chunked:
         return _rows(y, axis.rank, axis).clone()
 
 
-OVERLAPS: dict[TpOverlap, Overlap] = {"none": OneAfterTheOther(), "chunked": Chunked()}
+class SymmetricMemory:
+    """In torch's fused operations, which copy pieces between GPUs without a communicator's kernels.
+
+    Only for products in the format of the activations. The multicast of NVLink is not used: torch
+    does so only for gathers whose result is not asked for, and `ParallelContext` sees it turned
+    off.
+    """
+
+    def of_gathered(self, part: Factor, product: Product, axis: Axis) -> tuple[Tensor, Factor]:
+        """See `Overlap`."""
+        (x,) = part.by_token
+        whole, (y,) = _fused().fused_all_gather_matmul(
+            x, [product.matrix], 0, _name(axis), return_A=True
+        )
+        return y if product.bias is None else y.add_(product.bias), Factor((whole,))
+
+    def scattered(self, x: Factor, product: Product, axis: Axis) -> Tensor:
+        """See `Overlap`."""
+        (rows,) = x.by_token
+        return _fused().fused_matmul_reduce_scatter(rows, product.matrix, "sum", 0, _name(axis))
+
+
+def _fused() -> Any:
+    import torch.distributed._symmetric_memory  # defines the operations
+
+    return torch.ops.symm_mem
+
+
+def _name(axis: Axis) -> str:
+    assert axis.group is not None
+    return axis.group.group_name
+
+
+OVERLAPS: dict[TpOverlap, Overlap] = {
+    "none": OneAfterTheOther(),
+    "chunked": Chunked(),
+    "symmetric_memory": SymmetricMemory(),
+}
 
 
 def start_gather(part: Factor, axis: Axis) -> tuple[Factor, list[dist.Work | None]]:

@@ -87,8 +87,10 @@ class ParallelContext:
             timeout: of collectives over an axis; by default torch's own.
 
         Raises:
-            ConfigError: the number of processes is not tp * pp * dp.
+            ConfigError: the number of processes is not tp * pp * dp, or the device cannot hide
+                communication as is asked.
         """
+        _check_overlap(config, device)
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         dp = config.data_parallel_size(world_size)
         if world_size == 1:
@@ -182,6 +184,20 @@ class ParallelContext:
             ranks = (self.pp.ranks[source], self.pp.ranks[target])
             found[channel.group_name] = (f"pp from stage {source} to {target}", ranks)
         return found
+
+
+def _check_overlap(config: ParallelConfig, device: torch.device) -> None:
+    if config.tp_overlap != "symmetric_memory":
+        return
+    if device.type != "cuda":
+        raise ConfigError(
+            f"--parallel.tp-overlap symmetric_memory needs GPUs, not {device.type}: use chunked"
+        )
+    if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") != "1":
+        raise ConfigError(
+            "--parallel.tp-overlap symmetric_memory would turn on the multicast of NVLink: set "
+            "TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in the environment of every process"
+        )
 
 
 def init_distributed(

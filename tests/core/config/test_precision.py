@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from core.config.parallel import ParallelConfig
 from core.config.precision import (
     PRECISION_RULES,
     PrecisionConfig,
@@ -112,25 +113,49 @@ MODEL = TransformerConfig(
 )
 
 
+SYMMETRIC = ParallelConfig(tp=2, sequence_parallel=True, tp_overlap="symmetric_memory")
+
+
 @pytest.mark.parametrize(
-    ("precision", "model", "tp", "tokens", "message"),
+    ("precision", "model", "parallel", "tokens", "message"),
     [
-        ({"fp8_bf16_first_layers": 2, "fp8_bf16_last_layers": 1}, {}, 1, 64, "2 and .* 1 leave no"),
-        ({}, {"hidden_size": 72}, 1, 64, "--model.hidden-size is 72, but --precision.fp8 current"),
-        ({}, {"ffn_hidden_size": 104}, 1, 64, "ffn-hidden-size over --parallel.tp is 104"),
-        ({}, {}, 4, 64, "ffn-hidden-size over --parallel.tp is 24"),
-        ({}, {"head_dim": 10}, 1, 64, "width of the query heads of one rank is 40"),
-        ({}, {"head_dim": 12, "num_query_groups": 1}, 1, 64, "query, key and value .* is 72"),
-        ({}, {}, 1, 40, "seq-length times --train.micro-batch-size is 40"),
+        (
+            {"fp8_bf16_first_layers": 2, "fp8_bf16_last_layers": 1},
+            {},
+            ParallelConfig(),
+            64,
+            "2 and .* 1 leave none of 3 layers",
+        ),
+        ({}, {"hidden_size": 72}, ParallelConfig(), 64, "--model.hidden-size is 72, but"),
+        ({}, {"ffn_hidden_size": 104}, ParallelConfig(), 64, "over --parallel.tp is 104"),
+        ({}, {}, ParallelConfig(tp=4), 64, "ffn-hidden-size over --parallel.tp is 24"),
+        ({}, {"head_dim": 10}, ParallelConfig(), 64, "width of the query heads of one rank is 40"),
+        (
+            {},
+            {"head_dim": 12, "num_query_groups": 1},
+            ParallelConfig(),
+            64,
+            "width of the query, key and value heads of one rank is 72",
+        ),
+        ({}, {}, ParallelConfig(), 40, "seq-length times --train.micro-batch-size is 40"),
+        ({}, {}, SYMMETRIC, 64, "symmetric_memory is not built for --precision.fp8 current"),
     ],
 )
 def test_what_fp8_cannot_multiply(
-    precision: dict[str, Any], model: dict[str, Any], tp: int, tokens: int, message: str
+    precision: dict[str, Any],
+    model: dict[str, Any],
+    parallel: ParallelConfig,
+    tokens: int,
+    message: str,
 ) -> None:
     config = PrecisionConfig(fp8="current", **precision)
+    changed = dataclasses.replace(MODEL, **model)
     with pytest.raises(ConfigError, match=message):
-        validate_fp8(config, dataclasses.replace(MODEL, **model), tp=tp, tokens=tokens)
-    validate_fp8(
-        config if not precision else PrecisionConfig(fp8="current"), MODEL, tp=2, tokens=64
-    )
-    validate_fp8(PrecisionConfig(), dataclasses.replace(MODEL, **model), tp=tp, tokens=tokens)
+        validate_fp8(config, changed, parallel, tokens)
+    validate_fp8(PrecisionConfig(), changed, parallel, tokens)
+
+
+def test_what_fp8_can_multiply() -> None:
+    config = PrecisionConfig(fp8="current", fp8_bf16_first_layers=1, fp8_bf16_last_layers=1)
+    parallel = ParallelConfig(tp=2, sequence_parallel=True, tp_overlap="chunked")
+    validate_fp8(config, MODEL, parallel, 64)

@@ -8,6 +8,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from core.config.parallel import ParallelConfig
 from core.config.train import TrainConfig
+from core.errors import ConfigError
 from core.parallel.context import ParallelContext, init_distributed
 from core.parallel.rendezvous import Rendezvous
 from core.testing.distributed import WorkerPool
@@ -88,3 +89,12 @@ def test_all_groups_share_the_time_limit_and_have_names(pool: WorkerPool) -> Non
         other = (0, 3) if rank in (0, 3) else (1, 2)
         expected = [("tp", tp), ("dp", dp), ("world", (0, 1, 2, 3)), ("", other)]
         assert sorted(names.values()) == sorted(expected)
+
+
+def test_overlap_that_the_machine_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ParallelConfig(tp=2, sequence_parallel=True, tp_overlap="symmetric_memory")
+    with pytest.raises(ConfigError, match="symmetric_memory needs GPUs, not cpu"):
+        ParallelContext.create(config, torch.device("cpu"))
+    monkeypatch.delenv("TORCH_SYMM_MEM_DISABLE_MULTICAST", raising=False)
+    with pytest.raises(ConfigError, match="set TORCH_SYMM_MEM_DISABLE_MULTICAST=1"):
+        ParallelContext.create(config, torch.device("cuda", 0))
