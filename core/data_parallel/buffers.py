@@ -144,7 +144,8 @@ class GradBuffers:
 
     def begin_step(self, microbatches: int) -> None:
         """Say that a step starts, and of how many microbatches."""
-        self._derived.open()
+        if microbatches:
+            self._derived.open()
         self._microbatches = microbatches
         self._calls = [0] * len(self._bucket_of)
         known = self._per_microbatch or self._calls
@@ -231,7 +232,6 @@ class GradBuffers:
         self._started = 0
         self._works: list[dist.Work] = []
         self.begin_step(0)
-        self._derived.close()
 
     def _awaiter(self, buckets: tuple[int, ...]) -> Callable[..., None]:
         def await_parameters(*_: Any) -> None:

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.data_parallel.main_grad import accumulate_product, accumulate_rows, accumulate_sum
+from core.data_parallel.main_grad import (
+    accumulate_gradient,
+    accumulate_product,
+    accumulate_rows,
+    accumulate_sum,
+)
 from core.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.parallel.context import ParallelContext
@@ -106,7 +111,8 @@ def test_ready_is_said_after_the_sum() -> None:
     assert accumulate_product(weight, torch.ones(4, 3), torch.ones(4, 2)) is None
     assert accumulate_rows(weight, torch.tensor([0, 2]), torch.ones(2, 2)) is None
     assert accumulate_sum(weight, torch.ones(5, 3, 2)) is None
-    assert seen == [24.0, 28.0, 58.0]
+    assert accumulate_gradient(weight, torch.ones(3, 2, dtype=torch.bfloat16)) is None
+    assert seen == [24.0, 28.0, 58.0, 64.0]
 
 
 def test_without_main_grad_gradients_are_returned() -> None:
@@ -118,6 +124,7 @@ def test_without_main_grad_gradients_are_returned() -> None:
     rows = accumulate_rows(weight, torch.tensor([2, 0, 2, 2]), x)
     assert rows is not None
     torch.testing.assert_close(rows, torch.stack((x[1], torch.zeros(2), x[0] + x[2] + x[3])))
+    assert accumulate_gradient(weight, product) is product
     total = accumulate_sum(bias, dy)
     assert total is not None
     torch.testing.assert_close(total, dy.sum(0))
