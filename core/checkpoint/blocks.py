@@ -1,12 +1,12 @@
 """The files of a checkpoint, read as blocks that are compared with their checksums."""
 
-import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from isal.isal_zlib import crc32
 from torch import Tensor
 
 from core.checkpoint.index import Index
@@ -79,7 +79,7 @@ class CheckedBlocks:
                 f"{path} cannot be read ({error.strerror}): restore the file or use another "
                 "checkpoint"
             ) from error
-        if count < len(memory) or zlib.crc32(memory) != record.crc32[number]:
+        if count < len(memory) or crc32(memory) != record.crc32[number]:
             raise DamagedCheckpointError(
                 f"{path} is damaged: bytes {start} to {stop} do not match their checksum: "
                 "restore the file or use another checkpoint"
