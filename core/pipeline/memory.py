@@ -207,9 +207,8 @@ def _working(parts: Sequence[Kept], apart: bool) -> int:
     are done from the last to the first, and each leaves nothing or, if weight gradients are put
     off, what their products need.
     """
-    left = accumulate(
-        (part.activations - (part.products if apart else 0) for part in reversed(parts)), initial=0
-    )
-    return max(
-        (p.working - done for p, done in zip(reversed(parts), left, strict=False)), default=0
-    )
+    most = released = 0
+    for part in reversed(parts):
+        most = max(most, part.working - released)
+        released += part.activations - (part.products if apart else 0)
+    return most
