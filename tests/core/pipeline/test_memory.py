@@ -190,6 +190,9 @@ def _peaks(parallel: ParallelConfig) -> dict[str, tuple[int, ...]]:
         peaks = []
         for number in (MICROBATCHES, MICROBATCHES // 2):
             with counted(staged) as ledger:
+                for batch in batches:
+                    for tensor in (batch.tokens, batch.labels, batch.loss_mask):
+                        ledger.leave_out(tensor)
                 staged.train(batches[:number], {"lm": torch.ones(())}, 1, 0)
             peaks.append(ledger.peak)
         # What passes only through a backward pass is not counted.
