@@ -17,7 +17,6 @@ import statistics
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -396,7 +395,7 @@ def main() -> None:
         raise ConfigError(f"there is no preset {work.preset}: {did_you_mean(work.preset, PRESETS)}")
     if work.warmup < 1 or work.steps < 1:
         raise ConfigError("--warmup and --steps must be at least 1")
-    device = init_distributed(work.device, timeout=timedelta(minutes=5))
+    device = init_distributed(work.device)
     size = dist.get_world_size() if dist.is_initialized() else 1
     if size == 1:
         raise ConfigError("a pipeline has at least 2 stages: start this with torchrun")
