@@ -198,8 +198,9 @@ class Run:
             config.model.vocab_size, shape, generator=torch.Generator().manual_seed(7)
         )
         mask = torch.ones(size, length, dtype=torch.bool)
+        kept = self._pinned(mask)
         self.batches = [
-            Batch(*map(self._pinned, (one[:, :-1], one[:, 1:], mask)), i * size)
+            Batch(self._pinned(one[:, :-1]), self._pinned(one[:, 1:]), kept, i * size)
             for i, one in enumerate(tokens)
         ]
         self.count = tokens[..., 1:].numel()

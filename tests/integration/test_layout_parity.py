@@ -356,16 +356,17 @@ def test_zero_bubble_gives_the_bits_of_1f1b(
 ) -> None:
     """In fp32: the same products, summed in the same order."""
     case = Case(model, dropout=0.1, dtype="fp32")
+    names: tuple[Schedule, Schedule] = ("1f1b", schedule)
     usual, other = (
-        pool.run(_worker, 2, [case], Layout(pp=2, schedule=s, microbatches=8))[0][0]
-        for s in ("1f1b", schedule)
+        pool.run(_worker, 2, [case], Layout(pp=2, schedule=name, microbatches=8))[0][0]
+        for name in names
     )
     assert usual.losses == other.losses
     assert usual.gradients.keys() == other.gradients.keys()
-    for name, gradient in usual.gradients.items():
+    for parameter, gradient in usual.gradients.items():
         assert gradient.dtype == torch.float32
-        assert torch.equal(gradient, other.gradients[name]), name
-        assert torch.equal(usual.parameters[name], other.parameters[name]), name
+        assert torch.equal(gradient, other.gradients[parameter]), parameter
+        assert torch.equal(usual.parameters[parameter], other.parameters[parameter]), parameter
 
 
 def _loss_curve(case: Case, layout: Layout) -> list[float]:

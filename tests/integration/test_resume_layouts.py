@@ -100,6 +100,16 @@ def _config(
     )
 
 
+def _sizes(layout: Layout) -> tuple[int, int, int, str]:
+    match layout:
+        case (tp, dp):
+            return tp, dp, 1, ""
+        case (tp, dp, pp):
+            return tp, dp, pp, "zb_h1"
+        case (tp, dp, pp, name):
+            return tp, dp, pp, name
+
+
 def _everything(trainer: Trainer, ctx: ParallelContext) -> dict[str, Tensor]:
     parameters = trainer.state.parameters
     trainer.state.data_parallel.wait_for_parameters()
@@ -153,7 +163,7 @@ def test_a_run_goes_on_at_another_layout(
 ) -> None:
     before: Leg | None = None
     for number, layout in enumerate(layouts):
-        tp, dp, pp, name = (*layout, *(1, "zb_h1")[len(layout) - 2 :])
+        tp, dp, pp, name = _sizes(layout)
         config = _config(tmp_path / "moved", dtype, tp, len(layouts), number, (pp, name))
         leg: Leg = pool.run(_leg, tp * dp * pp, config)[0]
         assert {name.split()[0] for name in leg.start} == KINDS[dtype]
