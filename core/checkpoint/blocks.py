@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -53,12 +52,12 @@ class CheckedBlocks:
             return
         with ThreadPoolExecutor(1, "blocks") as thread:
             coming = thread.submit(self._fetch, name, due[0])
-            for number, following in pairwise([*due, None]):
+            for place, number in enumerate(due, 1):
                 coming.result()
                 self._ready, self._spare = self._spare, self._ready
                 self._last = (name, number)
-                if following is not None:
-                    coming = thread.submit(self._fetch, name, following)
+                if place < len(due):
+                    coming = thread.submit(self._fetch, name, due[place])
                 use(*self._view(name, number))
 
     def _view(self, name: str, number: int) -> tuple[int, Tensor]:
