@@ -18,6 +18,16 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         for kind in ("silu", "gelu", "gelu_tanh", "relu")
         for constants in [{"KIND": kind, "BLOCK": 1024}]
     ),
+    *(
+        ("triton_cross_entropy", "_row_statistics", "*bf16 *fp32 i32 i32", constants)
+        for constants in ({"TOTAL": True, "BLOCK": 2048}, {"TOTAL": False, "BLOCK": 2048})
+    ),
+    (
+        "triton_cross_entropy",
+        "_write_gradient",
+        "*bf16 *i64 *fp32 i32 i32 fp32 fp32",
+        {"BLOCK": 2048},
+    ),
 ]
 """Module, kernel, types of its arguments, and its constants."""
 
@@ -37,7 +47,11 @@ def _compile(module: str, name: str, types: str, constants: dict[str, Any]) -> s
         fn=kernel,
         signature=signature,
         constexprs={(names.index(key),): value for key, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in plain},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name in plain
+            if not signature[name].startswith("fp")
+        },
     )
     return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
