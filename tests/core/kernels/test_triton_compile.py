@@ -28,6 +28,15 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         "*bf16 *i64 *fp32 i32 i32 fp32 fp32",
         {"BLOCK": 2048},
     ),
+    *(
+        (
+            "triton_reduction",
+            "_sum_of_squares",
+            f"*fp32 *fp64 {size}",
+            {"BLOCK": 1024, "ROUNDS": 16},
+        )
+        for size in ("i32", "i64")
+    ),
 ]
 """Module, kernel, types of its arguments, and its constants."""
 
