@@ -31,6 +31,61 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return wide.to(x.dtype) * weight
 
 
+def add_rms_norm(
+    hidden: Tensor, branch: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`hidden + branch` and the RMS norm of that; without a branch, `hidden` and its norm.
+
+    Both uses of the sum being known here, their gradients meet in one pass over memory.
+
+    Args:
+        hidden: `[..., h]`.
+        branch: the same shape.
+        weight: `[h]`.
+        eps: added to the mean square.
+    """
+    if has_triton_twin(hidden) and hidden.dtype == weight.dtype:
+        from core.kernels.triton_norm import MAX_WIDTH
+
+        if hidden.shape[-1] <= MAX_WIDTH:
+            return _AddRMSNorm.apply(hidden, branch, weight, eps)
+    return plain_add_rms_norm(hidden, branch, weight, eps)
+
+
+def plain_add_rms_norm(
+    hidden: Tensor, branch: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` in parts."""
+    total = hidden if branch is None else hidden + branch
+    return total, rms_norm(total, weight, eps)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, branch: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        from core.kernels import triton_norm
+
+        total, normed, roots = triton_norm.forward(hidden, branch, weight, eps)
+        ctx.save_for_backward(total, weight, roots)
+        ctx.added = branch is not None
+        ctx.set_materialize_grads(False)
+        return total, normed
+
+    @staticmethod
+    def backward(
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        from core.kernels import triton_norm
+
+        dtotal, dnormed = grads
+        dhidden, dweight = dtotal, None
+        if dnormed is not None:
+            dhidden, dweight = triton_norm.backward(*ctx.saved_tensors, dnormed, dtotal)
+        return dhidden, dhidden if ctx.added else None, dweight, None
+
+
 @compiled
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Layer norm (Ba et al., 2016) of the last dimension of `[..., h]`, computed in at least

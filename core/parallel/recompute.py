@@ -29,4 +29,9 @@ def recompute_module(module: nn.Module) -> None:
     def call(*args: Any) -> Any:
         return recomputed(forward, *args) if module.training else forward(*args)
 
-    module.forward = call
+    module.forward, module.recomputes = call, True
+
+
+def is_recomputed(module: nn.Module) -> bool:
+    """Whether `recompute_module` has been applied."""
+    return hasattr(module, "recomputes")

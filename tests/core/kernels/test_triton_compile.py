@@ -38,7 +38,7 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         for size in ("i32", "i64")
     ),
 ]
-"""Module, kernel, types of its arguments, and its constants."""
+"""Module, kernel, types of its arguments (None: the argument is absent), and its constants."""
 
 
 def _compile(module: str, name: str, types: str, constants: dict[str, Any]) -> str:
@@ -49,9 +49,11 @@ def _compile(module: str, name: str, types: str, constants: dict[str, Any]) -> s
 
     kernel = getattr(importlib.import_module(f"core.kernels.{module}"), name)
     names = kernel.arg_names
-    signature = dict.fromkeys(names, "constexpr")
     plain = [name for name in names if name not in constants]
-    signature.update(zip(plain, types.split(), strict=True))
+    given = dict(zip(plain, types.split(), strict=True))
+    constants = {**constants, **{name: None for name, kind in given.items() if kind == "None"}}
+    plain = [name for name in names if name not in constants]
+    signature = {**dict.fromkeys(names, "constexpr"), **{name: given[name] for name in plain}}
     source = ASTSource(
         fn=kernel,
         signature=signature,
