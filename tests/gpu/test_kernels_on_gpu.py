@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from core.data_parallel.main_grad import accumulate_product, expire
 from core.kernels.attention import (
     AttentionDropout,
     AttentionPattern,
@@ -154,6 +155,21 @@ def test_a_new_number_of_tokens_needs_no_new_graph() -> None:
         rms_norm(gated_activation(x, None, "silu"), weight, 1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [graphs[0]] * len(graphs)
+
+
+def test_a_product_overwrites_a_stale_gradient() -> None:
+    """In the GEMM that writes fp32 from 16-bit inputs."""
+    weight: Any = torch.nn.Parameter(torch.zeros(64, 32, device="cuda", dtype=torch.bfloat16))
+    weight.main_grad, weight.grad_ready = torch.zeros(64, 32, device="cuda"), lambda: None
+    dy, x = (_random(100, n).cuda().bfloat16() for n in (64, 32))
+    for factor in (1, 2):
+        accumulate_product(weight, dy, x)
+        expected = factor * (dy.float().t() @ x.float())
+        torch.testing.assert_close(weight.main_grad, expected, rtol=1e-3, atol=1e-3)
+    expire(weight)
+    weight.main_grad.fill_(torch.nan)
+    accumulate_product(weight, dy, x)
+    torch.testing.assert_close(weight.main_grad, expected / 2, rtol=1e-3, atol=1e-3)
 
 
 def test_dropout_mask_is_that_of_the_cpu() -> None:
