@@ -56,6 +56,18 @@ def test_imports_go_one_way(path: Path) -> None:
     assert not wrong, f"{path.relative_to(ROOT)} may not import {wrong}"
 
 
+def test_triton_is_imported_where_it_runs() -> None:
+    """Only inside functions, and at the head of `core/kernels/triton_*.py`: a CPU needs none."""
+    early = [
+        f"{path.relative_to(ROOT)}: {line}"
+        for path in _sources(*PACKAGES)
+        for line in path.read_text().splitlines()
+        if line.startswith(("import triton", "from triton", "from core.kernels.triton_"))
+        and not path.name.startswith("triton_")
+    ]
+    assert not early
+
+
 def test_files_are_short() -> None:
     long = {
         str(path.relative_to(ROOT)): lines
