@@ -129,7 +129,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, labels: Tensor, part: VocabSlice, label_smoothing: float
     ) -> Tensor:
         statistics = _row_statistics(logits, part.valid, label_smoothing != 0.0)
-        highest = all_reduce(statistics[:, 0].contiguous(), part.axis, dist.ReduceOp.MAX)
+        highest = all_reduce(statistics[:, 0].clone(), part.axis, dist.ReduceOp.MAX)
         columns = part.first, part.valid
         sums = _partial_sums(logits, labels, statistics, highest, columns)
         sum_exp, target, total = all_reduce(sums, part.axis)
