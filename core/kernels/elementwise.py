@@ -79,10 +79,11 @@ class _AddRMSNorm(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         from core.kernels import triton_norm
 
+        total, weight, roots = ctx.saved_tensors
         dtotal, dnormed = grads
         dhidden, dweight = dtotal, None
         if dnormed is not None:
-            dhidden, dweight = triton_norm.backward(*ctx.saved_tensors, dnormed, dtotal)
+            dhidden, dweight = triton_norm.backward(total, weight, roots, dnormed, dtotal)
         return dhidden, dhidden if ctx.added else None, dweight, None
 
 
@@ -139,7 +140,8 @@ class _GatedActivation(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         from core.kernels.triton_elementwise import gated_backward
 
-        return gated_backward(*ctx.saved_tensors, grads[0], ctx.kind), None
+        (x,) = ctx.saved_tensors
+        return gated_backward(x, grads[0], ctx.kind), None
 
 
 @compiled
