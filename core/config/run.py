@@ -6,7 +6,7 @@ from typing import Any, Generic, Literal, TypeVar
 from core.config.data import DataConfig, parse_split, validate_data
 from core.config.optimizer import OptimizerConfig, validate_optimizer
 from core.config.parallel import ParallelConfig, validate_parallel
-from core.config.precision import PrecisionConfig, validate_precision
+from core.config.precision import PrecisionConfig, validate_fp8, validate_precision
 from core.config.train import TrainConfig, validate_batch_sizes, validate_train
 from core.config.transformer import (
     TransformerConfig,
@@ -126,6 +126,11 @@ def _master_weights_are_kept(config: RunConfig[Any]) -> None:
         )
 
 
+def _fp8_fits_the_model(config: RunConfig[TransformerConfig]) -> None:
+    tokens = config.data.seq_length * config.train.micro_batch_size
+    validate_fp8(config.precision, config.model, tp=config.parallel.tp, tokens=tokens)
+
+
 RUN_RULES = (
     _sequence_fits_model,
     _model_can_be_cut,
@@ -135,6 +140,7 @@ RUN_RULES = (
     _saving_knobs_have_a_folder,
     _evaluation_has_data,
     _master_weights_are_kept,
+    _fp8_fits_the_model,
 )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.kernels.compile import compiled
+
 
 class DeferredProducts:
     """Puts the products that make weight gradients off until they are asked for, which a pipeline
@@ -75,6 +77,23 @@ def accumulate_product(weight: nn.Parameter, dy: Tensor, x: Tensor) -> Tensor | 
         main_grad.addmm_(dy.t().to(main_grad.dtype), x.to(main_grad.dtype), beta=beta)
     _ready(weight)
     return None
+
+
+def accumulate_gradient(weight: nn.Parameter, gradient: Tensor) -> Tensor | None:
+    """Add what one microbatch gives to the gradient of a weight, for products that cannot be
+    accumulated inside the GEMM; see `accumulate_product`.
+    """
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        return gradient
+    _add(main_grad, gradient)
+    _ready(weight)
+    return None
+
+
+@compiled
+def _add(total: Tensor, x: Tensor) -> None:
+    total.add_(x)
 
 
 def accumulate_rows(weight: nn.Parameter, rows: Tensor, values: Tensor) -> Tensor | None:

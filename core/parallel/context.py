@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
-from core.config.parallel import ParallelConfig
+from core.config.parallel import ParallelConfig, TpOverlap
 from core.errors import ConfigError
 from core.parallel.rendezvous import Rendezvous, meet
 
@@ -53,6 +53,8 @@ class ParallelContext:
     device: torch.device
     sequence_parallel: bool = False
     """Activations between tensor-parallel regions are cut along the sequence over tp."""
+    tp_overlap: TpOverlap = "none"
+    """How communication over tp is hidden."""
     _groups: dict[tuple[int, ...], dist.ProcessGroup | None] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -114,7 +116,11 @@ class ParallelContext:
             for group in {id(one): one for one in known.values() if one is not None}.values():
                 set_timeout(timeout, group)
         context = cls(
-            tp, dp_axis, pp, world, world, device, config.sequence_parallel, known, timeout
+            *(tp, dp_axis, pp, world, world, device),
+            sequence_parallel=config.sequence_parallel,
+            tp_overlap=config.tp_overlap,
+            _groups=known,
+            _timeout=timeout,
         )
         if dp == 1:
             return context

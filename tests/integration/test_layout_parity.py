@@ -85,6 +85,7 @@ class Case:
     steps: int = 3
     label_smoothing: float = 0.0
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    fp8: Literal["none", "current", "rowwise"] = "none"
 
     @property
     def config(self) -> TransformerConfig:
@@ -166,6 +167,10 @@ class _Run:
         config = RunConfig(
             model=case.config,
             parallel=dataclasses.replace(layout.config, recompute=case.recompute),
+            # What users cannot ask for: FP8 between fp64 layers shows whether scales are the same.
+            precision=PrecisionConfig(dtype="fp64", fp8=case.fp8, fp8_bf16_last_layers=1)
+            if case.fp8 != "none"
+            else PrecisionConfig(),
             data=DataConfig(synthetic=True, seq_length=SEQUENCE),
             train=TrainConfig(
                 micro_batch_size=self.size, label_smoothing=case.label_smoothing, steps=1
@@ -272,6 +277,12 @@ RECOMPUTES = [
 ]
 
 
+FP8_CASES: list[tuple[Literal["current", "rowwise"], RecomputeConfig]] = [
+    ("current", RECOMPUTES[0]),
+    ("rowwise", RECOMPUTES[2]),
+]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_model_and_recompute(pool: WorkerPool, layout: Layout) -> None:
@@ -283,6 +294,22 @@ def test_every_model_and_recompute(pool: WorkerPool, layout: Layout) -> None:
 @pytest.mark.parametrize("layout", [Layout(2, 2, True), Layout(4, 2, True)], ids=str)
 def test_recompute_under_a_layout(pool: WorkerPool, layout: Layout) -> None:
     _compare(pool, layout, [Case("rich", 0.2, recompute=recompute) for recompute in RECOMPUTES])
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(4),
+        Layout(4, 1, True),
+        Layout(2, 1, True, pp=2, schedule="zbv"),
+    ],
+    ids=str,
+)
+def test_fp8_rounds_alike_at_every_layout(pool: WorkerPool, layout: Layout) -> None:
+    """To the same 1e-9, for a scale that differed would change what is rounded by percents.
+    Microbatches are the same: each has its scales."""
+    cases = [Case("plain", 0.2, steps=2, fp8=fp8, recompute=r) for fp8, r in FP8_CASES]
+    _compare(pool, layout, cases)
 
 
 def _pipelines(tp: int, dp: int, pp: int) -> list[Layout]:

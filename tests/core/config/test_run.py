@@ -104,10 +104,16 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         },
         "--precision.master-weights remainder does nothing with --parallel.data-parallel fsdp2",
     ),
+    (
+        "_fp8_fits_the_model",
+        {"precision": PrecisionConfig(fp8="current"), "parallel": ParallelConfig(tp=4)},
+        "ffn-hidden-size over --parallel.tp is 24, but --precision.fp8 current needs a multiple",
+    ),
 ]
 
 SOUND: list[dict[str, Any]] = [
     {},
+    {"precision": PrecisionConfig(fp8="rowwise"), "parallel": ParallelConfig(tp=2)},
     {"parallel": ParallelConfig(tp=4, sequence_parallel=True, dp=2)},
     {
         "parallel": ParallelConfig(data_parallel="fsdp2"),
