@@ -95,6 +95,11 @@ def _saving_knobs_have_a_folder(config: RunConfig[Any]) -> None:
             f"--train.save-interval {config.train.save_interval} does nothing without --save: name "
             "a folder, or leave the interval out"
         )
+    if config.train.trace_step is not None and config.save is None:
+        raise ConfigError(
+            f"--train.trace-step {config.train.trace_step} has no place to write to without "
+            "--save: name a folder, or leave it out"
+        )
     if config.train.allow_changed_data and config.save is None:
         raise ConfigError(
             "--train.allow-changed-data does nothing without --save, where a run goes on: leave "

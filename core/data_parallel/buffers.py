@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from core.data_parallel.derived import StepCache
-from core.data_parallel.main_grad import DeferredProducts
+from core.data_parallel.main_grad import DeferredProducts, expire, settle
 from core.data_parallel.regions import ALIGNMENT, Fragment, Region, aligned, cut_fragments
 from core.parallel.collectives import start_all_gather_in_place, start_reduce_scatter_in_place
 from core.parallel.context import ParallelContext
@@ -124,6 +124,7 @@ class GradBuffers:
         self.regions: Sequence[Region] = tuple(map(self._region, reversed(self.buckets)))
         self.counted = ctx.world if self._sharded else ctx.model
         self._bucket_of = tuple(i for i, b in enumerate(self.buckets) for _ in b.slots)
+        self._parameters = [trainable[s.sharding.name].parameter for _, s in self.slots()]
         self._gathers: list[dist.Work | None] = [None] * len(self.buckets)
         owners: dict[nn.Module, set[int]] = defaultdict(set)
         for index, (bucket, slot) in enumerate(self.slots()):
@@ -190,11 +191,9 @@ class GradBuffers:
             self._wait(at)
 
     def zero(self) -> None:
-        """Clear the gradients that are in no region, for the next step."""
-        for bucket in self.buckets:
-            mine = self._mine(bucket)
-            bucket.main_grad[: mine.start].zero_()
-            bucket.main_grad[mine.stop :].zero_()
+        """Expire all gradients; see `main_grad.py`. The gaps between them are zero for good."""
+        for parameter in self._parameters:
+            expire(parameter)
         self._reset()
 
     def wait_for_parameters(self) -> None:
@@ -272,6 +271,9 @@ class GradBuffers:
         return grad_ready
 
     def _start_next(self) -> None:
+        for parameter, bucket in zip(self._parameters, self._bucket_of, strict=True):
+            if bucket == self._started:
+                settle(parameter)
         main_grad = self.buckets[self._started].main_grad
         if self._sharded:
             self._works.append(start_reduce_scatter_in_place(main_grad, self._axis))
@@ -286,6 +288,7 @@ def _accumulate(parameter: Any) -> None:
     """Move an ordinary gradient to `main_grad`."""
     if parameter.grad is None:  # autograd calls this too where every use accumulated by itself
         return
+    settle(parameter)
     parameter.main_grad.add_(parameter.grad)
     parameter.grad = None
     parameter.grad_ready()

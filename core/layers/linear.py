@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from core.config.parallel import TpOverlap
@@ -115,7 +116,7 @@ class _Linear(torch.autograd.Function):
                 dx, dy = OVERLAPS[plan.overlap].of_gathered(dy, product, axis)
             if needs_weight:
                 dy_kept = dy if one else gather(dy_kept, axis)
-        x, gathering = None, []
+        x, gathering = None, list[dist.Work | None]()
         if needs_weight:
             saved = ctx.saved_tensors
             x = Factor(saved[: ctx.by_token], saved[ctx.by_token :])

@@ -118,7 +118,8 @@ class PlainProducts:
 
     def input_gradient(self, dy: Factor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Products`."""
-        return torch.mm(*dy.by_token, weight, out=out)
+        (rows,) = dy.by_token
+        return torch.mm(rows, weight, out=out)
 
     def weight_gradient(self, weight: nn.Parameter, dy: Factor, x: Factor) -> Tensor | None:
         """See `Products`."""

@@ -61,10 +61,11 @@ class ParallelContext:
     """Groups by their ranks, those of other processes too; None or no group where this is not in
     it."""
     _timeout: timedelta | None = field(default=None, repr=False, compare=False)
-    _channels: dict[tuple[int, int], dist.ProcessGroup] = field(
+    _channels: dict[tuple[int, int], dist.ProcessGroup | None] = field(
         default_factory=dict, repr=False, compare=False
     )
-    """Of this rank, by the two places on pp: messages go from the first to the second."""
+    """By the two places on pp: messages go from the first to the second. None where this rank is in
+    neither."""
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "ParallelContext":
@@ -155,20 +156,24 @@ class ParallelContext:
         self, edges: Sequence[tuple[int, int]]
     ) -> dict[tuple[int, int], dist.ProcessGroup]:
         """A communicator for each of these pairs of places on pp, at every place on the other axes;
-        collective over all ranks, which pass the same list.
+        collective over all ranks, which pass the same list. They are remembered, as groups are.
 
         Returns:
             Those that this rank is in. Two pairs never share one, (0, 1) and (1, 0) neither.
         """
         places = self.world.size // self.pp.size
         for source, target in edges:
+            if (source, target) in self._channels:
+                continue
+            self._channels[source, target] = None
             for place in range(places):
                 # pp is the outermost axis.
                 ranks = (source * places + place, target * places + place)
                 group = dist.new_group(list(ranks), timeout=self._timeout)
                 if self.world.rank in ranks:
                     self._channels[source, target] = group
-        return {edge: self._channels[edge] for edge in edges if self.pp.rank in edge}
+        own = {edge: self._channels[edge] for edge in edges}
+        return {edge: group for edge, group in own.items() if group is not None}
 
     def describe_groups(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """This rank's groups: torch's name of each, to what a person calls it and its ranks."""
@@ -181,6 +186,8 @@ class ParallelContext:
             if axis.group is not None:
                 found[axis.group.group_name] = (axis.name, axis.ranks)
         for (source, target), channel in self._channels.items():
+            if channel is None:
+                continue
             ranks = (self.pp.ranks[source], self.pp.ranks[target])
             found[channel.group_name] = (f"pp from stage {source} to {target}", ranks)
         return found

@@ -75,7 +75,7 @@ def test_quantisation_is_that_of_the_cpu(
     for ours, theirs in zip(on_gpu, scales, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=3e-7, atol=0)
     expected = quantize_both(x, *scales, dtype)
-    found = quantize_both(x.cuda(), *(scale.cuda() for scale in scales), dtype)
+    found = quantize_both(x.cuda(), scales[0].cuda(), scales[1].cuda(), dtype)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours.cpu().view(torch.uint8), theirs.view(torch.uint8))
     alone = quantize(x.cuda(), scales[0].cuda(), dtype).cpu()

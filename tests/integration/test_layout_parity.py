@@ -24,6 +24,7 @@ from core.parallel.context import ParallelContext
 from core.parallel.placement import initialize_parameters
 from core.parallel.random import Init
 from core.parallel.sharding import DeclaredParameter
+from core.pipeline.schedules import stage_map_for
 from core.testing.distributed import WorkerPool
 from core.testing.parity import assert_close, gather_regions, gather_whole
 from core.training.exchange import Exchange
@@ -354,6 +355,45 @@ def test_every_pipeline(pool: WorkerPool, layout: Layout) -> None:
     cases = [Case("deep", 0.2), Case("deep untied", 0.1, label_smoothing=0.1)]
     cases += [Case("deep", 0.2, steps=2, recompute=recompute) for recompute in RECOMPUTES]
     _compare(pool, layout, cases)
+
+
+UNEVEN = {2: "E t|t*5 L", 4: "E|t*3||t*3 L", 8: "E|t||t*2||t|t*2|L"}
+"""Layouts of the deep model by number of pieces, with pieces that only pass data on."""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dataclasses.replace(
+            layout, layout=UNEVEN[stage_map_for(layout.schedule, pp, layout.chunks).pieces]
+        )
+        for tp, dp, pp in ((1, 1, 2), (2, 1, 2), (1, 1, 4), (1, 2, 4))
+        for layout in _pipelines(tp, dp, pp)
+    ],
+    ids=str,
+)
+def test_every_uneven_pipeline(pool: WorkerPool, layout: Layout) -> None:
+    _compare(pool, layout, [Case("deep", 0.2), Case("deep", 0.2, recompute=RECOMPUTES[0])])
+
+
+@pytest.mark.parametrize(("schedule", "model"), [("zb_h1", "deep"), ("zbv", "deep untied")])
+def test_zero_bubble_gives_the_bits_of_1f1b(
+    pool: WorkerPool, schedule: Schedule, model: str
+) -> None:
+    """In fp32: the same products, summed in the same order."""
+    case = Case(model, dropout=0.1, dtype="fp32")
+    names: tuple[Schedule, Schedule] = ("1f1b", schedule)
+    usual, other = (
+        pool.run(_worker, 2, [case], Layout(pp=2, schedule=name, microbatches=8))[0][0]
+        for name in names
+    )
+    assert usual.losses == other.losses
+    assert usual.gradients.keys() == other.gradients.keys()
+    for parameter, gradient in usual.gradients.items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, other.gradients[parameter]), parameter
+        assert torch.equal(usual.parameters[parameter], other.parameters[parameter]), parameter
 
 
 def _loss_curve(case: Case, layout: Layout) -> list[float]:

@@ -82,6 +82,11 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "--train.save-interval 5 does nothing without --save",
     ),
     (
+        "_saving_knobs_have_a_folder",
+        {"train": TrainConfig(trace_step=5)},
+        "--train.trace-step 5 has no place to write to without --save",
+    ),
+    (
         "_evaluation_has_data",
         {"train": TrainConfig(eval_interval=5), "data": data(split="1")},
         "--train.eval-interval 5 has no data",

@@ -10,7 +10,7 @@ from core.parallel.sharding import Declaration, declare_parameter, declared_para
 
 
 def test_kept_while_open_only() -> None:
-    cache, made = StepCache(), []
+    cache, made = StepCache(), list[None]()
     one, other = (nn.Parameter(torch.zeros(2)) for _ in range(2))
 
     def make() -> int:

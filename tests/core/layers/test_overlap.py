@@ -11,7 +11,7 @@ from core.config.parallel import ParallelConfig, TpOverlap
 from core.layers.embedding import VocabParallelHead
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.overlap import OVERLAPS
-from core.layers.products import PLAIN, Fp8Products
+from core.layers.products import PLAIN, Fp8Products, Products
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
 from core.parallel.random import ZEROS
@@ -22,7 +22,11 @@ from core.testing.parity import assert_close
 
 CPU = torch.device("cpu")
 S, B, H = 8, 3, 24
-PRODUCTS = {"plain": PLAIN, "current": Fp8Products(), "rowwise": Fp8Products(by_row=True)}
+PRODUCTS: dict[str, Products] = {
+    "plain": PLAIN,
+    "current": Fp8Products(),
+    "rowwise": Fp8Products(by_row=True),
+}
 
 
 def _x(*shape: int) -> Tensor:
