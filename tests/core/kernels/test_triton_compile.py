@@ -37,6 +37,17 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         )
         for size in ("i32", "i64")
     ),
+    *(
+        (
+            "triton_fp8",
+            "_quantize_both",
+            f"*bf16 *fp32 *fp32 *{dtype} *{dtype} i32 i32",
+            {"BY_ROW": by_row},
+        )
+        for dtype in ("fp8e4nv", "fp8e5")
+        for by_row in (False, True)
+    ),
+    ("triton_fp8", "_transpose", "*u8 *u8 i32 i32", {}),
 ]
 """Module, kernel, types of its arguments (None: the argument is absent), and its constants."""
 
