@@ -80,7 +80,7 @@ class Case:
 
 def plain(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The function under `core.kernels.compile.compiled`."""
-    return fn.__wrapped__  # type: ignore[attr-defined, no-any-return]
+    return fn.__wrapped__  # type: ignore[attr-defined]
 
 
 def random(s: Shapes, *shape: int, seed: int = 0) -> Tensor:
