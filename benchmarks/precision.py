@@ -33,7 +33,7 @@ RUNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "fp8-rowwise": ("--precision.dtype", "bf16", "--precision.fp8", "rowwise"),
         "fp8-te": (
             "--precision.dtype", "bf16", "--precision.fp8", "delayed",
-            "--train.backend", "transformer_engine",
+            "--backend", "transformer_engine",
         ),
     }
 )  # fmt: skip

@@ -21,6 +21,8 @@ class Workload:
     """Architecture."""
     layers: int
     """Layers kept of it."""
+    vocab_size: int | None = None
+    """Tokens, where other than the architecture's."""
     seq_length: int
     """Tokens per sample."""
     micro_batch_size: int
@@ -36,8 +38,9 @@ class Workload:
 
     def config(self) -> TransformerConfig:
         """The architecture."""
-        preset = family_for_preset(self.preset).presets()[self.preset]
-        return dataclasses.replace(preset(), num_layers=self.layers)
+        preset: TransformerConfig = family_for_preset(self.preset).presets()[self.preset]()
+        vocabulary = self.vocab_size or preset.vocab_size
+        return dataclasses.replace(preset, num_layers=self.layers, vocab_size=vocabulary)
 
     @property
     def tokens(self) -> int:

@@ -44,7 +44,7 @@ class HuggingFace:
         self._number = 0
         self.model = build_model(work.preset, config, device)
         if compiled:
-            for layer in self.model.model.layers:
+            for layer in _layers(self.model, config.num_layers):
                 layer.compile()
             self.model.loss_function = torch.compile(self.model.loss_function)
         self._parameters = list(self.model.parameters())
@@ -120,7 +120,7 @@ def build_model(preset: str, config: TransformerConfig, device: torch.device) ->
         )
     weights = initial_weights(family, config, device)
     parameters = dict(model.named_parameters())
-    plan = make_plan(family, config)
+    plan = make_plan(family, config, parameters)
     if set(parameters) != set(plan.by_hf):
         raise ValueError(
             f"parameters of {type(model).__name__} and of the table of {family.name} differ: "
@@ -132,6 +132,13 @@ def build_model(preset: str, config: TransformerConfig, device: torch.device) ->
                 part = weights[copy.native][copy.native_box.slices]
                 parameters[name][copy.hf_box.slices].copy_(copy.oriented(part))
     return model.train()
+
+
+def _layers(model: nn.Module, count: int) -> nn.ModuleList:
+    """The layers of a model of transformers, wherever its class has them."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    (layers,) = [one for one in lists if len(one) == count]
+    return layers
 
 
 def _adder(total: Tensor) -> Callable[[Tensor], None]:

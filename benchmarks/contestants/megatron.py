@@ -74,7 +74,7 @@ class Megatron:
             parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
             model_parallel_cuda_manual_seed(SEED)
         settings = _settings(config, spec, fp8)
-        model = _model(config, settings, spec, work.seq_length).to(device)
+        model = _model(config, settings, spec).to(device)
         family = conversion_of(work.preset)
         load_weights(model, config, initial_weights(family, config, device))
         self.model = DistributedDataParallel(
@@ -203,7 +203,7 @@ def _settings(config: TransformerConfig, spec: str, fp8: str | None) -> Any:
     )
 
 
-def _model(config: TransformerConfig, settings: Any, spec: str, seq_length: int) -> Any:
+def _model(config: TransformerConfig, settings: Any, spec: str) -> Any:
     """The model, its weights not filled.
 
     Raises:
@@ -226,7 +226,7 @@ def _model(config: TransformerConfig, settings: Any, spec: str, seq_length: int)
         settings,
         layers,
         vocab_size=config.vocab_size,
-        max_sequence_length=seq_length,
+        max_sequence_length=config.max_position_embeddings,
         share_embeddings_and_output_weights=config.tie_embeddings,
         position_embedding_type="rope" if positions == "rope" else "learned_absolute",
         rotary_percent=rope.partial_factor,

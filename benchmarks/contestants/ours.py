@@ -29,7 +29,7 @@ class Ours:
             work: shapes.
             config: architecture.
             device: where to run.
-            options: `backend` and `fp8`, as in `--train.backend` and `--precision.fp8`; left out
+            options: `backend` and `fp8`, as in `--backend` and `--precision.fp8`; left out
                 where they have their defaults.
 
         Raises:

@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from core.config.precision import PrecisionConfig
+from core.config.run import RunConfig
 from core.config.suggestions import did_you_mean
-from core.config.train import TrainConfig
 from core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Entry:
 
     kind: Literal["ours", "hugging_face", "megatron"]
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """ours: values of `--train.backend` and `--precision.fp8`. hugging_face: `mode`, eager or
+    """ours: values of `--backend` and `--precision.fp8`. hugging_face: `mode`, eager or
     compile. megatron: `fp8`, a recipe in its own words, and `spec`, whose layers it is made of."""
 
     @property
@@ -103,7 +103,7 @@ def unavailable(name: str) -> str | None:
         if not _found(module):
             return f"{module} is not installed"
     if chosen.kind == "ours":
-        for option, config in (("backend", TrainConfig), ("fp8", PrecisionConfig)):
+        for option, config in (("backend", RunConfig), ("fp8", PrecisionConfig)):
             if option in chosen.options and not _has(config, option):
                 return f"there is no option {option} in {config.__name__}"
     return None
