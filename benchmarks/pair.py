@@ -24,9 +24,10 @@ from benchmarks.records import Outcome, Timed
 from benchmarks.timing import in_turns, quiet_collector
 from benchmarks.workloads import Workload, workload
 
-TOLERANCE, TOLERANCE_FP8 = 5e-3, 2e-2
+TOLERANCE, TOLERANCE_FP8 = 5e-3, 0.1
 """By how much the mean losses of a step may differ. The first is of the same weights in both, and
-meets the first number in any format; later ones of a contestant in FP8 follow other updates."""
+meets the first number in any format. Later ones of a contestant in FP8 follow other updates:
+delayed scaling knows no gradient's size in its first step, and loses small ones."""
 
 FIRST_TOKENS = 64
 """Positions whose losses are compared one by one. At these, attention has few values to average, so
@@ -116,7 +117,8 @@ def prepare(
 
 def measure(pair: Pair, outcome: Outcome) -> None:
     """Fill `outcome`, as far as one gets."""
-    work, device = workload(pair.work), torch.device(pair.device)
+    work = workload(pair.work)
+    device = torch.device("cuda", 0) if pair.device == "cuda" else torch.device("cpu")
     outcome.machine = _machine(device)
     contestants = []
     for name in pair.contestants:

@@ -7,6 +7,7 @@ machine without a GPU too.
 """
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -124,6 +125,7 @@ def train(report: Report, record: Path) -> None:
                     kept = {"precision": name, "step": row["step"], "loss": row["loss"]}
                     out.write(json.dumps(kept) + "\n")
             out.flush()
+            shutil.rmtree(save)  # with its checkpoint, of which nothing is needed
 
 
 def read_record(path: Path) -> dict[str, list[tuple[int, float]]]:

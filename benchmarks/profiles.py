@@ -69,8 +69,7 @@ def record(contestant: Contestant) -> list[Kernel]:
     return [
         Kernel(event.name, event.time_range.start, event.time_range.end)
         for event in profiler.events() or ()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-        and not getattr(event, "is_user_annotation", False)
+        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
     ]
 
 
@@ -86,7 +85,7 @@ def describe(name: str, kernels: Sequence[Kernel], largest: int = 40) -> str:
     for kernel in kernels:
         runs.setdefault(kernel.name, []).append((kernel.end - kernel.start) / 1e3)
     lines.append("  the largest kernels:")
-    for kernel_name, ms in sorted(runs.items(), key=lambda item: -sum(item[1]))[:largest]:
+    for kernel_name, took in sorted(runs.items(), key=lambda item: -sum(item[1]))[:largest]:
         label = kernel_class(kernel_name)
-        lines.append(f"  {sum(ms):8.2f} ms {len(ms):5} x  {label:13} {kernel_name[:100]}")
+        lines.append(f"  {sum(took):8.2f} ms {len(took):5} x  {label:13} {kernel_name[:100]}")
     return "\n".join(lines)

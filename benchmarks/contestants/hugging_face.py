@@ -49,9 +49,12 @@ class HuggingFace:
             self.model.loss_function = torch.compile(self.model.loss_function)
         self._parameters = list(self.model.parameters())
         self._masters = [nn.Parameter(p.detach().float()) for p in self._parameters]
-        for parameter, master in zip(self._parameters, self._masters, strict=True):
-            master.grad = torch.zeros_like(master)
-            parameter.register_post_accumulate_grad_hook(_adder(master.grad))
+        self._gradients = [torch.zeros_like(master) for master in self._masters]
+        for parameter, master, total in zip(
+            self._parameters, self._masters, self._gradients, strict=True
+        ):
+            master.grad = total
+            parameter.register_post_accumulate_grad_hook(_adder(total))
         matrices = [p for p in self._masters if p.dim() > 1]
         vectors = [p for p in self._masters if p.dim() <= 1]
         self._optimizer = torch.optim.AdamW(
@@ -77,7 +80,7 @@ class HuggingFace:
         self._optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(self._parameters, self._masters)
-            torch._foreach_zero_([p.grad for p in self._masters])
+            torch._foreach_zero_(self._gradients)
         self._number += 1
         return total
 

@@ -170,7 +170,7 @@ def _settings(config: TransformerConfig, spec: str, fp8: str | None) -> Any:
     if config.qk_norm != "none" or config.sliding_window is not None:
         raise ConfigError("Megatron-Core is built here without query norms and sliding windows")
     engine = spec == "transformer_engine"
-    quantised = {"fp8": "hybrid", "fp8_recipe": fp8} if fp8 else {}
+    quantised: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": fp8} if fp8 else {}
     if fp8 == "delayed":
         quantised |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     return MegatronConfig(

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -73,7 +74,7 @@ def test_both_are_resident_where_they_fit(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("placement", ["turns", "auto"])
 def test_in_turns_where_they_do_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: Literal["turns", "auto"]
 ) -> None:
     processes = _Processes(monkeypatch, together="out of memory: tried to allocate 2 GiB")
     outcome = _run(tmp_path, dataclasses.replace(CPU, placement=placement))
