@@ -21,7 +21,7 @@ from benchmarks.contestants.registry import PARITY_STEPS, Contestant, build, ent
 from benchmarks.gemm_ceiling import ceiling
 from benchmarks.profiles import describe, record
 from benchmarks.records import Outcome, Timed
-from benchmarks.timing import in_turns, quiet_collector
+from benchmarks.timing import in_turns, short_collections
 from benchmarks.workloads import Workload, workload
 
 TOLERANCE, TOLERANCE_FP8 = 5e-3, 0.1
@@ -100,7 +100,7 @@ def prepare(
         torch.cuda.reset_peak_memory_stats()  # what making the weights took is not of the steps
     tokens = contestant.token_losses()[:, :FIRST_TOKENS]
     timed.token_losses = tokens.flatten().tolist()
-    with quiet_collector():
+    with short_collections():
         for _ in range(max(pair.warmup, PARITY_STEPS)):
             timed.losses.append(contestant.step().item())
     timed.setup_seconds = time.perf_counter() - start

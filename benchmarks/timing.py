@@ -48,7 +48,7 @@ def in_turns(
 ) -> None:
     """Time `rounds` blocks of every contestant into its record, in rotated order."""
     both = list(zip(contestants, records, strict=True))
-    with quiet_collector():
+    with short_collections():
         for number in range(rounds):
             for contestant, record in both if number % 2 == 0 else reversed(both):
                 seconds, state = block(contestant, steps, device)
@@ -57,14 +57,16 @@ def in_turns(
 
 
 @contextmanager
-def quiet_collector() -> Iterator[None]:
-    """No run of Python's garbage collector inside, for any contestant."""
+def short_collections() -> Iterator[None]:
+    """Python's garbage collector looks only at objects made inside: it stays on, as a contestant's
+    steps may leave cycles that hold memory of the device, but is never long.
+    """
     gc.collect()
-    gc.disable()
+    gc.freeze()
     try:
         yield
     finally:
-        gc.enable()
+        gc.unfreeze()
 
 
 def _gpu_state() -> str:

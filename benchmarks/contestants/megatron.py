@@ -55,6 +55,8 @@ class Megatron:
             ConfigError: an architecture that it cannot say.
         """
         _offer_weight_gradient_kernel()
+        if fp8 == "delayed":
+            _match_delayed_scaling()
         from megatron.core import parallel_state
         from megatron.core.distributed import (
             DistributedDataParallel,
@@ -285,6 +287,30 @@ def group_interleaved(qkv: Tensor, config: TransformerConfig) -> Tensor:
     sizes = [config.num_attention_heads * dim, groups * dim, groups * dim]
     parts = [part.unflatten(0, (groups, -1)) for part in qkv.split(sizes)]
     return torch.cat(parts, dim=1).flatten(0, 1)
+
+
+def _match_delayed_scaling() -> None:
+    """Make Megatron-Core's recipe of delayed scaling without an argument that Transformer Engine
+    no longer takes since it always had one value: no product was left out of FP8.
+    """
+    from megatron.core import fp8_utils
+    from transformer_engine.common.recipe import DelayedScaling
+
+    class Recipe(DelayedScaling):
+        def __init__(
+            self, config: Any, fp8_format: Any, override_linear_precision: tuple[bool, ...]
+        ) -> None:
+            assert not any(override_linear_precision)
+            super().__init__(
+                margin=config.fp8_margin,
+                fp8_format=fp8_format,
+                amax_history_len=config.fp8_amax_history_len,
+                amax_compute_algo=config.fp8_amax_compute_algo,
+                fp8_dpa=config.fp8_dot_product_attention,
+                fp8_mha=config.fp8_multi_head_attention,
+            )
+
+    fp8_utils.TEDelayedScaling = Recipe
 
 
 def _offer_weight_gradient_kernel() -> None:
