@@ -155,7 +155,7 @@ def main() -> None:
     outcome = Outcome(pair.work, pair.contestants)
     try:
         measure(pair, outcome)
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         outcome.refused = f"out of memory: {str(error).splitlines()[0]}"
     except Exception as error:
         traceback.print_exc()

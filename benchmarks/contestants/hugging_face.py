@@ -48,7 +48,7 @@ class HuggingFace:
                 layer.compile()
             self.model.loss_function = torch.compile(self.model.loss_function)
         self._parameters = list(self.model.parameters())
-        self._masters = [nn.Parameter(p.detach().float()) for p in self._parameters]
+        self._masters = tuple(nn.Parameter(p.detach().float()) for p in self._parameters)
         self._gradients = [torch.zeros_like(master) for master in self._masters]
         for parameter, master, total in zip(
             self._parameters, self._masters, self._gradients, strict=True

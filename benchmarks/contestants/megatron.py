@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from benchmarks.contestants.registry import (
     BETAS,
@@ -71,7 +72,7 @@ class Megatron:
         self._number = 0
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         if not parallel_state.model_parallel_is_initialized():
             parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
             model_parallel_cuda_manual_seed(SEED)
