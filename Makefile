@@ -40,7 +40,7 @@ test-gpu:
 	$(PYTHON) -m pytest -m "gpu or multi_gpu"
 
 bench:
-	$(PYTHON) benchmarks/train_step.py
+	$(PYTHON) -m benchmarks.compare
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

@@ -73,6 +73,16 @@ class Work:
     """Layout."""
 
 
+def random_tokens(
+    shape: tuple[int, int], vocab_size: int, device: torch.device, *place: int
+) -> Tensor:
+    """Random tokens `[b, s + 1]` of a microbatch, by its `place`: step, number in the step and
+    data-parallel rank. They are the same at every tensor-parallel layout.
+    """
+    index = torch.arange(shape[0] * shape[1], device=device).view(shape)
+    return philox(make_key(7, *place), index)[0] % vocab_size
+
+
 class Step:
     """One optimizer step over random tokens that are the same at every tensor-parallel layout."""
 
@@ -93,11 +103,9 @@ class Step:
 
     def tokens(self, microbatch: int) -> Tensor:
         """`[b, s + 1]` random tokens."""
-        work = self.work
-        stream = make_key(7, self.number, microbatch, self.ctx.dp.rank)
-        shape = (work.micro_batch_size, work.seq_length + 1)
-        index = torch.arange(shape[0] * shape[1], device=self.ctx.device).view(shape)
-        return philox(stream, index)[0] % self.config.vocab_size
+        shape = (self.work.micro_batch_size, self.work.seq_length + 1)
+        place = (self.number, microbatch, self.ctx.dp.rank)
+        return random_tokens(shape, self.config.vocab_size, self.ctx.device, *place)
 
     def __call__(self) -> Tensor:
         """Run a step; returns the mean loss of this data-parallel rank, on the device."""

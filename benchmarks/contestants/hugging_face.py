@@ -1,0 +1,155 @@
+"""Hugging Face's model in a plain training loop, as fast as its parts allow: cuDNN's attention,
+fused AdamW, gradients added to fp32 buffers as soon as they are there, so that no bf16 sum is kept
+over microbatches.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.contestants.registry import BETAS, CLIP, EPSILON, LEARNING_RATE, WEIGHT_DECAY
+from benchmarks.contestants.weights import conversion_of, initial_weights
+from benchmarks.train_step import random_tokens
+from benchmarks.workloads import Workload
+from converters.plan import make_plan
+from core.config.transformer import TransformerConfig
+
+_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""In order of preference."""
+
+
+class HuggingFace:
+    """bf16 parameters with fp32 masters beside them."""
+
+    def __init__(
+        self, work: Workload, config: TransformerConfig, device: torch.device, *, compiled: bool
+    ) -> None:
+        """Build from this project's initial weights.
+
+        Args:
+            work: shapes.
+            config: architecture.
+            device: where to run.
+            compiled: pass every layer, and the loss, through torch.compile.
+        """
+        self._work, self._vocabulary, self._device = work, config.vocab_size, device
+        self._number = 0
+        self.model = build_model(work.preset, config, device)
+        if compiled:
+            for layer in _layers(self.model, config.num_layers):
+                layer.compile()
+            self.model.loss_function = torch.compile(self.model.loss_function)
+        self._parameters = list(self.model.parameters())
+        self._masters = tuple(nn.Parameter(p.detach().float()) for p in self._parameters)
+        self._gradients = [torch.zeros_like(master) for master in self._masters]
+        for parameter, master, total in zip(
+            self._parameters, self._masters, self._gradients, strict=True
+        ):
+            master.grad = total
+            parameter.register_post_accumulate_grad_hook(_adder(total))
+        matrices = [p for p in self._masters if p.dim() > 1]
+        vectors = [p for p in self._masters if p.dim() <= 1]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": WEIGHT_DECAY},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=LEARNING_RATE,
+            betas=BETAS,
+            eps=EPSILON,
+            fused=True,
+        )
+
+    def step(self) -> Tensor:
+        """Run the next step; returns its mean loss."""
+        total = torch.zeros((), device=self._device)
+        for i in range(self._work.microbatches):
+            with sdpa_kernel(_ATTENTION, set_priority=True):
+                loss = self._forward(*self._microbatch(i)).loss
+                loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(self._masters, CLIP, foreach=True)
+        self._optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(self._parameters, self._masters)
+            torch._foreach_zero_(self._gradients)
+        self._number += 1
+        return total
+
+    def token_losses(self) -> Tensor:
+        """Losses of the first microbatch."""
+        inputs, labels = self._microbatch(0)
+        with sdpa_kernel(_ATTENTION, set_priority=True):
+            logits = self._forward(inputs, labels).logits.detach()
+        losses = nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), reduction="none"
+        )
+        return losses.view_as(labels)
+
+    def _forward(self, inputs: Tensor, labels: Tensor) -> Any:
+        return self.model(
+            input_ids=inputs,
+            labels=labels,
+            shift_labels=labels,
+            num_items_in_batch=self._work.tokens,
+            use_cache=False,
+        )
+
+    def _microbatch(self, number: int) -> tuple[Tensor, Tensor]:
+        shape = (self._work.micro_batch_size, self._work.seq_length + 1)
+        place = (self._number, number, 0)
+        tokens = random_tokens(shape, self._vocabulary, self._device, *place)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def build_model(preset: str, config: TransformerConfig, device: torch.device) -> Any:
+    """The model of transformers for an architecture, bf16, with this project's initial weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family = conversion_of(preset)
+    entries = family.to_hf(config, family.architectures[0])
+    hf_config = AutoConfig.for_model(entries.pop("model_type"), **entries)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            hf_config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    weights = initial_weights(family, config, device)
+    parameters = dict(model.named_parameters())
+    plan = make_plan(family, config, parameters)
+    if set(parameters) != set(plan.by_hf):
+        raise ValueError(
+            f"parameters of {type(model).__name__} and of the table of {family.name} differ: "
+            f"{sorted(set(parameters) ^ set(plan.by_hf))}"
+        )
+    with torch.no_grad():
+        for name, copies in plan.by_hf.items():
+            for copy in copies:
+                part = weights[copy.native][copy.native_box.slices]
+                parameters[name][copy.hf_box.slices].copy_(copy.oriented(part))
+    return model.train()
+
+
+def _layers(model: nn.Module, count: int) -> nn.ModuleList:
+    """The layers of a model of transformers, wherever its class has them."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    (layers,) = [one for one in lists if len(one) == count]
+    return layers
+
+
+def _adder(total: Tensor) -> Callable[[Tensor], None]:
+    """A hook that moves a parameter's gradient into an fp32 sum."""
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        total.add_(parameter.grad)
+        parameter.grad = None
+
+    return add
