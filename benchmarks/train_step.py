@@ -20,6 +20,8 @@ import torch
 import tyro
 from torch import Tensor
 
+from core.backends.chosen import chosen_backend
+from core.config.backend import Backend, BackendUse, validate_backend
 from core.config.loading import exit_on_user_error
 from core.config.optimizer import OptimizerConfig
 from core.config.parallel import ParallelConfig, validate_parallel
@@ -64,6 +66,8 @@ class Work:
     """Steps measured."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Where to run."""
+    backend: Backend = "local"
+    """What supplies the layers' parts."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     """Number formats."""
     profile: Path | None = None
@@ -79,7 +83,8 @@ class Step:
         self.work, self.config, self.ctx = work, config, ctx
         dtype = DTYPES[work.precision.dtype]
         place = model_placement(ctx, work.parallel, dtype)
-        self.model: LanguageModel = build_llama(config, place, work.parallel.recompute)
+        backend = chosen_backend(work.backend, work.precision, work.parallel, config.num_layers)
+        self.model: LanguageModel = build_llama(config, place, work.parallel.recompute, backend)
         sharing = publish_sharing(declared_parameters(self.model), ctx)
         self.data_parallel = make_data_parallel([self.model], ctx, work.parallel, dtype)
         self.optimizer = OptimizerStep(
@@ -150,6 +155,7 @@ def report(step: Step, work: Work, seconds: list[float], first: float) -> str:
         f"{work.seq_length}, {work.microbatches} x {work.micro_batch_size}, "
         f"{work.precision.dtype}; tp {ctx.tp.size}, sequence parallel {ctx.sequence_parallel}, dp "
         f"{ctx.dp.size} {work.parallel.data_parallel}",
+        f"backend             {work.backend}, fp8 {work.precision.fp8}",
         f"master weights      {work.precision.master_weights}, moments {work.precision.moments}",
         f"first loss          {first:.5f}",
         f"step                {median * 1e3:.1f} ms (fastest {min(seconds) * 1e3:.1f}, slowest "
@@ -194,6 +200,7 @@ def main() -> None:
     work = tyro.cli(Work, description=__doc__)
     validate_parallel(work.parallel)
     validate_precision(work.precision)
+    validate_backend(BackendUse(work.backend, work.precision, work.parallel, work.device))
     device = init_distributed(work.device)
     ctx = ParallelContext.create(work.parallel, device)
     if work.preset not in PRESETS:

@@ -2,9 +2,31 @@
 
 from core.backends.local import LocalSpecProvider
 from core.backends.provider import BackendSpecProvider
+from core.backends.transformer_engine import (
+    TransformerEngineSpecProvider,
+    require_transformer_engine,
+)
+from core.config.backend import SPLIT_SCHEDULES, Backend
+from core.config.parallel import ParallelConfig
 from core.config.precision import PrecisionConfig
 
 
-def chosen_backend(precision: PrecisionConfig, num_layers: int) -> BackendSpecProvider:
-    """What supplies the parts of a model of `num_layers` layers."""
-    return LocalSpecProvider()
+def chosen_backend(
+    backend: Backend, precision: PrecisionConfig, parallel: ParallelConfig, num_layers: int
+) -> BackendSpecProvider:
+    """What supplies the parts of a model of `num_layers` layers.
+
+    Raises:
+        ConfigError: the backend is not installed.
+    """
+    if backend == "local":
+        return LocalSpecProvider()
+    require_transformer_engine()
+    assert precision.fp8 != "rowwise", "refused by the rules of core.config.backend"
+    return TransformerEngineSpecProvider(
+        num_layers,
+        precision.fp8,
+        precision.fp8_bf16_first_layers,
+        precision.fp8_bf16_last_layers,
+        split_backward=parallel.schedule in SPLIT_SCHEDULES,
+    )

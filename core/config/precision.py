@@ -21,6 +21,14 @@ class PrecisionConfig:
     moments: Literal["fp32", "bf16"] = "fp32"
     """Format of Adam's two moments. bf16 is rounded stochastically and saves 4 bytes a
     parameter."""
+    fp8: Literal["none", "current", "rowwise", "delayed", "blockwise"] = "none"
+    """Compute the products of linear layers in 8 bits, e4m3 forward and e5m2 for gradients, scaled
+    by tensor (current: by its own largest value; delayed: by those of steps before), by row, or by
+    block (blockwise, e4m3 alone). Parameters keep `dtype`."""
+    fp8_bf16_first_layers: int = 0
+    """Layers at the start of the model that stay in bf16 all the same."""
+    fp8_bf16_last_layers: int = 0
+    """Likewise at its end."""
     initial_loss_scale: float = 2.0**16
     """fp16: loss scale at the start."""
     loss_scale_window: int = 1000
@@ -74,10 +82,30 @@ def _memory_formats_save_something(config: PrecisionConfig) -> None:
         )
 
 
+def _fp8_completes_bf16(config: PrecisionConfig) -> None:
+    if config.fp8 != "none" and config.dtype != "bf16":
+        raise ConfigError(
+            f"--precision.fp8 {config.fp8} does not fit --precision.dtype {config.dtype}: use bf16"
+        )
+
+
+def _fp8_layers_do_something(config: PrecisionConfig) -> None:
+    for name in ("fp8_bf16_first_layers", "fp8_bf16_last_layers"):
+        value, option = getattr(config, name), f"--precision.{name.replace('_', '-')}"
+        if value < 0:
+            raise ConfigError(f"{option} is {value}: it must be at least 0")
+        if value and config.fp8 == "none":
+            raise ConfigError(
+                f"{option} {value} does nothing without --precision.fp8: leave it out"
+            )
+
+
 PRECISION_RULES = (
     _loss_scale_only_for_fp16,
     _loss_scale_can_work,
     _memory_formats_save_something,
+    _fp8_completes_bf16,
+    _fp8_layers_do_something,
 )
 
 

@@ -4,9 +4,19 @@ gave it one.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass
+class StepCount:
+    """How many steps have begun: within one, parameters do not change, so that what is made of them
+    may be kept.
+    """
+
+    begun: int = 0
 
 
 class DeferredProducts:
@@ -65,7 +75,7 @@ def accumulate_product(weight: nn.Parameter, dy: Tensor, x: Tensor) -> Tensor | 
         torch.addmm(main_grad, dy.t(), x, out_dtype=main_grad.dtype, out=main_grad)
     else:
         main_grad.addmm_(dy.t().to(main_grad.dtype), x.to(main_grad.dtype))
-    _ready(weight)
+    say_ready(weight)
     return None
 
 
@@ -80,7 +90,7 @@ def accumulate_rows(weight: nn.Parameter, rows: Tensor, values: Tensor) -> Tenso
         total = torch.zeros(weight.shape, dtype=wide, device=weight.device)
         return total.index_add_(0, rows, values.to(wide)).to(weight.dtype)
     main_grad.index_add_(0, rows, values.to(main_grad.dtype))
-    _ready(weight)
+    say_ready(weight)
     return None
 
 
@@ -92,9 +102,10 @@ def accumulate_sum(bias: nn.Parameter, dy: Tensor) -> Tensor | None:
     if main_grad is None:
         return dy.sum(0)
     main_grad.add_(dy.sum(0, dtype=main_grad.dtype))
-    _ready(bias)
+    say_ready(bias)
     return None
 
 
-def _ready(parameter: nn.Parameter) -> None:
+def say_ready(parameter: nn.Parameter) -> None:
+    """Say that a whole gradient has been added to the `main_grad` of a parameter that has one."""
     parameter.grad_ready()  # type: ignore[attr-defined]  # set together with main_grad
