@@ -1,7 +1,7 @@
 """A stand-in for Transformer Engine that computes with torch on a CPU, in any format: what of its
 behaviour (2.20) this project builds on, so that all around it is tested where there is no GPU. It
-imitates where weight gradients are put, when FP8 copies of weights are made, and when delayed scales
-are recorded, used and updated.
+imitates where weight gradients are put, when FP8 copies of weights are made, and when delayed
+scales are recorded, used and updated.
 """
 
 import importlib.machinery
@@ -226,7 +226,7 @@ class _Base(nn.Module):
         delayed = isinstance(self.state.recipe, DelayedScaling)
         if self.fp8 and delayed and "scaling_fwd" not in self.fp8_meta:
             for name, count, kind in (("fwd", 3, E4M3), ("bwd", 2, E5M2)):
-                scaling = ScalingState(torch.ones(count), torch.zeros(4, count), kind)
+                scaling = ScalingState(torch.ones(count), torch.zeros(64, count), kind)
                 self.fp8_meta[f"scaling_{name}"] = scaling
 
     def backward_dw(self) -> None:
@@ -368,7 +368,7 @@ class DotProductAttention(nn.Module):
         softmax_scale: float,
     ) -> None:
         super().__init__()
-        assert qkv_format == "sbhd" and attention_dropout == 0.0
+        assert (qkv_format, attention_dropout) == ("sbhd", 0.0)
         self.heads = (num_attention_heads, num_gqa_groups, num_gqa_groups)
         self.kv_channels, self.causal = kv_channels, attn_mask_type == "causal"
         self.window, self.scale = window_size, softmax_scale

@@ -35,6 +35,27 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         {"dtype": "fp64", "moments": "bf16"},
         "--precision.moments bf16 does not fit --precision.dtype fp64",
     ),
+    (
+        "_fp8_completes_bf16",
+        {"dtype": "fp16", "fp8": "current"},
+        "--precision.fp8 current does not fit --precision.dtype fp16: use bf16",
+    ),
+    ("_fp8_completes_bf16", {"dtype": "fp32", "fp8": "delayed"}, "dtype fp32: use bf16"),
+    (
+        "_fp8_layers_do_something",
+        {"fp8_bf16_first_layers": 1},
+        "fp8-bf16-first-layers 1 does nothing without --precision.fp8",
+    ),
+    (
+        "_fp8_layers_do_something",
+        {"fp8_bf16_last_layers": 2},
+        "fp8-bf16-last-layers 2 does nothing without",
+    ),
+    (
+        "_fp8_layers_do_something",
+        {"fp8": "current", "fp8_bf16_last_layers": -1},
+        "fp8-bf16-last-layers is -1: it must be at least 0",
+    ),
 ]
 
 

@@ -56,6 +56,29 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "--model: attention_dropout 0.1 with a sliding_window of 100",
     ),
     (
+        "_backend_can_do_it",
+        {"backend": "transformer_engine", "device": "cpu"},
+        "--backend transformer_engine runs on NVIDIA GPUs alone",
+    ),
+    (
+        "_fp8_layers_are_left",
+        {
+            "precision": PrecisionConfig(
+                fp8="current", fp8_bf16_first_layers=1, fp8_bf16_last_layers=1
+            )
+        },
+        "first-layers 1 and --precision.fp8-bf16-last-layers 1 leave no FP8 layer of 2",
+    ),
+    (
+        "_fp8_products_exist",
+        {
+            "backend": "transformer_engine",
+            "precision": PrecisionConfig(fp8="delayed"),
+            "model": dataclasses.replace(MODEL, ffn_hidden_size=72),
+        },
+        "multiples of 16, but ffn_hidden_size / tp is 72",
+    ),
+    (
         "_batch_can_be_cut",
         {"train": TrainConfig(global_batch_size=8, micro_batch_size=3)},
         "global-batch-size is 8",
