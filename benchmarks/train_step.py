@@ -174,9 +174,10 @@ def report(step: Step, work: Work, seconds: list[float], first: float) -> str:
         heads = config.num_attention_heads // ctx.tp.size
         groups = max(1, config.kv_heads // ctx.tp.size)
         shape = (work.seq_length, work.micro_batch_size, heads, config.kv_channels)
+        kernel = chosen_kernel(shape, groups, torch.bfloat16)
         lines += [
             f"peak memory         {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB",
-            f"attention           {chosen_kernel(shape, groups, torch.bfloat16)}",
+            f"attention           {kernel if work.backend == 'local' else work.backend}",
             f"on                  {name}, torch {torch.__version__}, Python "
             f"{platform.python_version()}",
         ]

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from core.data_parallel.main_grad import DeferredProducts, StepCount
+from core.data_parallel.derived import StepCache
+from core.data_parallel.main_grad import DeferredProducts
 from core.data_parallel.regions import ALIGNMENT, Fragment, Region, aligned, cut_fragments
 from core.parallel.collectives import start_all_gather_in_place, start_reduce_scatter_in_place
 from core.parallel.context import ParallelContext
@@ -70,8 +71,7 @@ class GradBuffers:
     that often for each microbatch of the step, in whatever order the gradients come. A parameter
     with an ordinary gradient needs no call: a hook adds the gradient to `main_grad`, drops `.grad`
     and calls `grad_ready`. The parameters' `deferred` lets a pipeline put products that make weight
-    gradients off, and their `steps` tells steps apart: what was made of a parameter in one of them
-    is old in the next.
+    gradients off, and `derived` keeps what layers make of them during a step.
 
     Updated parameters are awaited by the forward pass of the module that owns them, so a parameter
     must not be read by another module before that.
@@ -111,7 +111,7 @@ class GradBuffers:
                 raise ValueError(f"{name} already has a gradient buffer")
         self.deferred = DeferredProducts()
         """Where all parameters' products go that are put off."""
-        self._steps = StepCount()
+        self._derived = StepCache()
         order = {name: position for position, name in enumerate(trainable)}
         plan = _plan_buckets(trainable, (bucket_mib << 20) // 4)
         # A bucket is complete when its earliest declared parameter is.
@@ -130,7 +130,8 @@ class GradBuffers:
             declared = trainable[slot.sharding.name]
             parameter: Any = declared.parameter
             parameter.main_grad = slot.view(bucket.main_grad)
-            parameter.deferred, parameter.steps = self.deferred, self._steps
+            parameter.deferred = self.deferred
+            parameter.derived = self._derived
             parameter.grad_ready = self._readiness(index, slot.sharding.name)
             parameter.register_post_accumulate_grad_hook(_accumulate)
             for module in declared.modules:
@@ -143,8 +144,9 @@ class GradBuffers:
 
     def begin_step(self, microbatches: int) -> None:
         """Say that a step starts, and of how many microbatches."""
+        if microbatches:
+            self._derived.open()
         self._microbatches = microbatches
-        self._steps.begun += microbatches > 0
         self._calls = [0] * len(self._bucket_of)
         known = self._per_microbatch or self._calls
         self._expected = [count * microbatches for count in known]
@@ -161,6 +163,7 @@ class GradBuffers:
         reduce-scatter (replicated: all-reduce) per bucket, in the same order on all ranks. On CUDA
         the host does not wait.
         """
+        self._derived.close()
         # A gather that no module has awaited must not meet the update that comes next.
         self.wait_for_parameters()
         while self._started < len(self.buckets):

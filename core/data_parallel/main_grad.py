@@ -4,19 +4,9 @@ gave it one.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-
-@dataclass
-class StepCount:
-    """How many steps have begun: within one, parameters do not change, so that what is made of them
-    may be kept.
-    """
-
-    begun: int = 0
 
 
 class DeferredProducts:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from core.config.transformer import TransformerConfig
-from core.data_parallel.main_grad import StepCount, put_off, say_ready
+from core.data_parallel.derived import derived
+from core.data_parallel.main_grad import put_off, say_ready
 from core.kernels.attention import mask_generator
 from core.layers.attention import CoreAttention
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -128,7 +129,6 @@ class _LinearEngine(_Engine):
     ) -> None:
         super().__init__(module, owner, lent)
         self._options, self._ctx = options, place.ctx
-        self._step: int | None = None
         if options.fp8 == "delayed":
             # Now, so that the scaling state lies where a checkpoint fills it.
             with torch.no_grad(), fp8_region(options.fp8, place.ctx):
@@ -145,14 +145,15 @@ class _LinearEngine(_Engine):
             y: Tensor = module(x, is_first_microbatch=self._is_first(weight) if trains else None)
         return y
 
-    def _is_first(self, weight: nn.Parameter) -> bool:
-        """Whether the weight is new since the last call. Transformer Engine then makes its FP8 copy
-        anew, which the step's other microbatches use, and overwrites `main_grad`: it is zero then,
-        for every schedule takes the microbatches in order.
+    def _is_first(self, weight: nn.Parameter) -> bool | None:
+        """Whether this is the step's first microbatch; None outside of steps. In the first,
+        Transformer Engine makes an FP8 copy of the weight, which the others use, and overwrites
+        `main_grad`: it is zero then, for every schedule takes the microbatches in order.
         """
-        steps: StepCount = weight.steps  # type: ignore[attr-defined]  # set with main_grad
-        is_first, self._step = self._step != steps.begun, steps.begun
-        return is_first
+        mark = object()
+        if derived(weight, lambda: mark) is not mark:
+            return False
+        return True if derived(weight, object) is mark else None
 
     def _weight_done(self, weight: nn.Parameter) -> None:
         def compute() -> None:
@@ -330,12 +331,13 @@ class EngineRowParallelLinear(RowParallelLinear):
         return self._engine.scaling_state()
 
 
-class EngineRMSNorm(RMSNorm):
+class EngineRMSNorm(nn.Module):
     """Root mean square norm; it rounds once, after the weight is applied."""
 
     def __init__(self, place: Placement, size: int, eps: float, *, per_head: bool = False) -> None:
         """As the local norm."""
-        super().__init__(place, size, eps, per_head=per_head)
+        super().__init__()
+        declare_norm(self, place, RMSNorm.PARAMETERS, size, per_head=per_head)
         import transformer_engine.pytorch as te
 
         module = te.RMSNorm(size, eps=eps, dtype=place.dtype, device="meta")
@@ -347,12 +349,13 @@ class EngineRMSNorm(RMSNorm):
         return y
 
 
-class EngineLayerNorm(LayerNorm):
+class EngineLayerNorm(nn.Module):
     """Layer norm with weight and bias."""
 
     def __init__(self, place: Placement, size: int, eps: float, *, per_head: bool = False) -> None:
         """As the local norm."""
-        super().__init__(place, size, eps, per_head=per_head)
+        super().__init__()
+        declare_norm(self, place, LayerNorm.PARAMETERS, size, per_head=per_head)
         import transformer_engine.pytorch as te
 
         module = te.LayerNorm(size, eps=eps, dtype=place.dtype, device="meta")

@@ -135,7 +135,8 @@ class ModuleState:
             if name.startswith(prefix) and name[len(prefix) :].rpartition(".")[0] in self._paths
         }
         if there == {saved.name: saved.global_shape for saved in self.tensors}:
-            reader.load(self.tensors)
+            if self.tensors:
+                reader.load(self.tensors)
             return None
         for saved, fresh in zip(self.tensors, self._fresh, strict=True):
             saved.tensor.copy_(fresh)

@@ -280,6 +280,6 @@ def test_a_module_that_keeps_nothing_saves_nothing(stand_in: Globals) -> None:
         model: nn.Module = build_decoder(
             MODEL,
             place,
-            backend=TransformerEngineSpecProvider(3, fp8),  # type: ignore[arg-type]
+            backend=TransformerEngineSpecProvider(3, fp8),
         )
         assert ModuleState([model], place.ctx).tensors == []

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.data_parallel.main_grad import DeferredProducts, StepCount
+from core.data_parallel.derived import StepCache
+from core.data_parallel.main_grad import DeferredProducts
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.norm import LayerNorm, RMSNorm
 from core.layers.transformer_engine import (
@@ -43,7 +44,8 @@ class _Buffered:
     def __init__(self, weight: Any) -> None:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         weight.main_grad = torch.zeros(weight.shape, dtype=dtype)
-        weight.steps, weight.deferred = StepCount(begun=1), DeferredProducts()
+        weight.derived, weight.deferred = StepCache(), DeferredProducts()
+        weight.derived.open()
         weight.grad_ready = self
         self.ready, self.weight = 0, weight
 
@@ -104,12 +106,17 @@ def test_a_layer_and_its_local_twin(index: int) -> None:
         y = module(x)
         y.sin().sum().backward()
         gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
-        gradients |= {n: p.main_grad for n, p in module.named_parameters() if _buffered(p)}
+        gradients |= {n: _main_grad(p) for n, p in module.named_parameters() if _buffered(p)}
         results.append((y, x.grad, gradients))
     for mine, theirs in zip(results[0][:2], results[1][:2], strict=True):
         torch.testing.assert_close(mine, theirs)
     assert results[0][2].keys() == results[1][2].keys()
     torch.testing.assert_close(results[0][2], results[1][2])
+
+
+def _main_grad(parameter: Any) -> Tensor:
+    grad: Tensor = parameter.main_grad
+    return grad
 
 
 def _buffered(parameter: nn.Parameter) -> bool:
@@ -161,7 +168,7 @@ def test_every_microbatch_adds_to_main_grad_and_says_so(input_grad: bool) -> Non
     buffered = _Buffered(layer.weight)
     expected = torch.zeros_like(layer.weight)
     for step in (1, 2):
-        buffered.weight.steps.begun = step
+        buffered.weight.derived.open()
         # Left over: the first microbatch of a step overwrites it.
         buffered.weight.main_grad.fill_(7.0)
         expected.zero_()
@@ -172,6 +179,16 @@ def test_every_microbatch_adds_to_main_grad_and_says_so(input_grad: bool) -> Non
             assert buffered.ready == 3 * (step - 1) + seed + 1
             assert layer.weight.grad is None
         torch.testing.assert_close(buffered.weight.main_grad, expected)
+
+
+def test_outside_of_steps_nothing_is_overwritten() -> None:
+    layer = _column()
+    buffered = _Buffered(layer.weight)
+    buffered.weight.derived.close()
+    for _ in range(2):
+        layer(_input()).sum().backward()
+    expected = 2 * _input().flatten(0, 1).sum(0)
+    torch.testing.assert_close(buffered.weight.main_grad, expected.expand(F, H))
 
 
 def test_an_evaluation_between_microbatches_changes_nothing() -> None:
@@ -195,7 +212,7 @@ def test_the_fp8_copy_of_a_weight_is_made_once_a_step() -> None:
         assert torch.equal(layer(_input(BF16)), first)
         with torch.no_grad():  # an evaluation has new weights
             assert not torch.equal(layer(_input(BF16)), first)
-        buffered.weight.steps.begun += 1
+        buffered.weight.derived.open()
         assert torch.equal(layer(_input(BF16)), layer.bias.expand_as(first))  # type: ignore[union-attr]
 
 
@@ -213,7 +230,7 @@ def test_a_weight_gradient_is_put_off() -> None:
     for product in products:
         product()
     assert buffered.ready == 2
-    expected = sum(_input(seed=seed).flatten(0, 1).sum(0) for seed in (0, 1))
+    expected = torch.stack([_input(seed=seed).flatten(0, 1).sum(0) for seed in (0, 1)]).sum(0)
     torch.testing.assert_close(buffered.weight.main_grad, expected.expand(F, H))
 
 
@@ -243,6 +260,6 @@ def test_scaling_state_is_where_the_layer_uses_it() -> None:
 
 def test_one_object_for_each_recipe() -> None:
     assert fp8_recipe("delayed", True) is fp8_recipe("delayed", True)
-    names = [type(fp8_recipe(fp8, False)).__name__ for fp8 in ("delayed", "current", "blockwise")]  # type: ignore[arg-type]
+    names = [type(fp8_recipe(fp8, False)).__name__ for fp8 in ("delayed", "current", "blockwise")]
     assert names == ["DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling"]
     assert not fp8_recipe("delayed", False).reduce_amax
