@@ -21,6 +21,7 @@ import tyro
 from torch import Tensor
 
 from core.backends.chosen import chosen_backend
+from core.config.backend import Backend, BackendUse, validate_backend
 from core.config.loading import exit_on_user_error
 from core.config.optimizer import OptimizerConfig
 from core.config.parallel import ParallelConfig, validate_parallel
@@ -65,6 +66,8 @@ class Work:
     """Steps measured."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Where to run."""
+    backend: Backend = "local"
+    """What supplies the layers' parts."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     """Number formats."""
     profile: Path | None = None
@@ -90,7 +93,7 @@ class Step:
         self.work, self.config, self.ctx = work, config, ctx
         dtype = DTYPES[work.precision.dtype]
         place = model_placement(ctx, work.parallel, dtype)
-        backend = chosen_backend(work.precision, config.num_layers)
+        backend = chosen_backend(work.backend, work.precision, work.parallel, config.num_layers)
         self.model: LanguageModel = build_llama(config, place, work.parallel.recompute, backend)
         sharing = publish_sharing(declared_parameters(self.model), ctx)
         self.data_parallel = make_data_parallel([self.model], ctx, work.parallel, dtype)
@@ -160,7 +163,7 @@ def report(step: Step, work: Work, seconds: list[float], first: float) -> str:
         f"{work.seq_length}, {work.microbatches} x {work.micro_batch_size}, "
         f"{work.precision.dtype}; tp {ctx.tp.size}, sequence parallel {ctx.sequence_parallel}, "
         f"overlap {ctx.tp_overlap}, dp {ctx.dp.size} {work.parallel.data_parallel}",
-        f"fp8                 {work.precision.fp8}",
+        f"backend             {work.backend}, fp8 {work.precision.fp8}",
         f"master weights      {work.precision.master_weights}, moments {work.precision.moments}",
         f"first loss          {first:.5f}",
         f"step                {median * 1e3:.1f} ms (fastest {min(seconds) * 1e3:.1f}, slowest "
@@ -179,9 +182,10 @@ def report(step: Step, work: Work, seconds: list[float], first: float) -> str:
         heads = config.num_attention_heads // ctx.tp.size
         groups = max(1, config.kv_heads // ctx.tp.size)
         shape = (work.seq_length, work.micro_batch_size, heads, config.kv_channels)
+        kernel = chosen_kernel(shape, groups, torch.bfloat16)
         lines += [
             f"peak memory         {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB",
-            f"attention           {chosen_kernel(shape, groups, torch.bfloat16)}",
+            f"attention           {kernel if work.backend == 'local' else work.backend}",
             f"on                  {name}, torch {torch.__version__}, Python "
             f"{platform.python_version()}",
         ]
@@ -205,6 +209,7 @@ def main() -> None:
     work = tyro.cli(Work, description=__doc__)
     validate_parallel(work.parallel)
     validate_precision(work.precision)
+    validate_backend(BackendUse(work.backend, work.precision, work.parallel, work.device))
     device = init_distributed(work.device)
     ctx = ParallelContext.create(work.parallel, device)
     if work.preset not in PRESETS:

@@ -10,7 +10,9 @@ from core.layers.attention import CoreAttention
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.norm import LayerNorm, RMSNorm
 from core.layers.products import Products
+from core.parallel.context import ParallelContext
 from core.spec import ModuleSpec
+from core.transformer.execution import Execution
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,20 @@ class LocalSpecProvider:
     def core_attention(self) -> ModuleSpec[CoreAttention]:
         """Attention without weights."""
         return ModuleSpec(CoreAttention)
+
+    def layernorm_column_parallel_linear(
+        self, kind: NormKind, eps: float, norm: str
+    ) -> ModuleSpec[nn.Module] | None:
+        """None: compiled norms are as fast by themselves."""
+        return None
+
+    def execution(self, ctx: ParallelContext) -> Execution:
+        """Nothing special."""
+        return Execution()
+
+    def describe(self) -> str:
+        """The name."""
+        return "backend: local"
 
     @property
     def _recipe(self) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from typing import Any, Literal, Protocol
 
 from torch import nn
 
+from core.parallel.context import ParallelContext
 from core.spec import ModuleSpec
+from core.transformer.execution import Execution
 
 NormKind = Literal["rmsnorm", "layernorm"]
 
@@ -28,5 +30,23 @@ class BackendSpecProvider(Protocol):
     def norm(self, kind: NormKind) -> ModuleSpec[nn.Module]:
         """Norm over the last dimension."""
 
+    def layernorm_column_parallel_linear(
+        self, kind: NormKind, eps: float, norm: str
+    ) -> ModuleSpec[Any] | None:
+        """A norm and the column-parallel linear layer after it as one module, or None where the
+        backend computes them one after the other.
+
+        Args:
+            kind: of the norm.
+            eps: added to the variance.
+            norm: global name that the norm would have by itself, which its parameters keep.
+        """
+
     def core_attention(self) -> ModuleSpec[Any]:
         """Attention without weights."""
+
+    def execution(self, ctx: ParallelContext) -> Execution:
+        """How a stack of this backend's layers is run."""
+
+    def describe(self) -> str:
+        """What the start of the log says of the backend."""

@@ -52,6 +52,11 @@ def optim_key(state: str, name: str) -> str:
     return f"optim/{state}/{name}"
 
 
+def module_key(name: str) -> str:
+    """Name in a checkpoint of what a module keeps beside parameters."""
+    return f"module/{name}"
+
+
 def saved_parameters(parameters: Mapping[str, DeclaredParameter]) -> list[SavedTensor]:
     """The parameters of a model as a checkpoint names them."""
     return [

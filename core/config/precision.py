@@ -24,9 +24,10 @@ class PrecisionConfig:
     """Format of Adam's two moments. bf16 is rounded stochastically and saves 4 bytes a
     parameter."""
     fp8: Literal["none", "current", "rowwise", "delayed", "blockwise"] = "none"
-    """Multiply in 8-bit floating point in the layers' linear parts, with scales from: current, the
-    largest value of each matrix as it is; rowwise, of each row of it. delayed and blockwise belong
-    to Transformer Engine, which is not built yet."""
+    """Multiply in 8-bit floating point in the layers' linear parts, E4M3 forward and E5M2 for
+    gradients (blockwise: E4M3 alone), with scales from: current, the largest value of each matrix
+    as it is; rowwise, of each row of it; delayed, those of the steps before; blockwise, of each
+    block. --backend local has current and rowwise, transformer_engine all but rowwise."""
     fp8_bf16_first_layers: int = 0
     """fp8: layers at the start that stay in bf16."""
     fp8_bf16_last_layers: int = 0
@@ -92,14 +93,6 @@ def _fp8_needs_bf16(config: PrecisionConfig) -> None:
         )
 
 
-def _fp8_recipe_is_local(config: PrecisionConfig) -> None:
-    if config.fp8 in ("delayed", "blockwise"):
-        raise ConfigError(
-            f"--precision.fp8 {config.fp8} needs Transformer Engine, which is not built yet: use "
-            "current or rowwise"
-        )
-
-
 def _fp8_layers_do_something(config: PrecisionConfig) -> None:
     for name in ("fp8_bf16_first_layers", "fp8_bf16_last_layers"):
         value, option = getattr(config, name), name.replace("_", "-")
@@ -117,7 +110,6 @@ PRECISION_RULES = (
     _loss_scale_can_work,
     _memory_formats_save_something,
     _fp8_needs_bf16,
-    _fp8_recipe_is_local,
     _fp8_layers_do_something,
 )
 
@@ -177,7 +169,7 @@ def validate_fp8(
         ("--model.ffn-hidden-size over --parallel.tp", model.ffn_hidden_size // tp),
         ("the width of the query heads of one rank", heads * model.kv_channels),
         ("the width of the query, key and value heads of one rank", queries_and_keys),
-        ("--data.seq-length times --train.micro-batch-size", tokens),
+        ("the number of tokens of one rank", tokens // (tp if parallel.sequence_parallel else 1)),
     ):
         if size % 16:
             raise ConfigError(

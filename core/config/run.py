@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+from core.config.backend import Backend, BackendUse, validate_backend
 from core.config.data import DataConfig, parse_split, validate_data
 from core.config.optimizer import OptimizerConfig, validate_optimizer
 from core.config.parallel import ParallelConfig, validate_parallel
@@ -39,6 +40,9 @@ class RunConfig(Generic[ModelConfigT]):
     folder goes on from its newest checkpoint."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
+    backend: Backend = "local"
+    """What supplies the layers' parts: this project's own, or Transformer Engine (`pip install
+    'tessera-zoo[te]'`). Checkpoints are the same, so a run may change it."""
 
     model: ModelConfigT
     """Architecture."""
@@ -81,6 +85,10 @@ def _attention_has_a_kernel(config: RunConfig[TransformerConfig]) -> None:
     # What `auto` will find is not known here: the task looks again on its device.
     with about("--model"):
         validate_attention(config.model, config.device, seq_length=config.data.seq_length)
+
+
+def _backend_can_do_it(config: RunConfig[Any]) -> None:
+    validate_backend(BackendUse(config.backend, config.precision, config.parallel, config.device))
 
 
 def _batch_can_be_cut(config: RunConfig[Any]) -> None:
@@ -136,6 +144,7 @@ RUN_RULES = (
     _model_can_be_cut,
     _pipeline_can_be_cut,
     _attention_has_a_kernel,
+    _backend_can_do_it,
     _batch_can_be_cut,
     _saving_knobs_have_a_folder,
     _evaluation_has_data,

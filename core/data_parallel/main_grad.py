@@ -75,7 +75,7 @@ def accumulate_product(weight: nn.Parameter, dy: Tensor, x: Tensor) -> Tensor | 
         torch.addmm(main_grad, dy.t(), x, beta=beta, out_dtype=main_grad.dtype, out=main_grad)
     else:
         main_grad.addmm_(dy.t().to(main_grad.dtype), x.to(main_grad.dtype), beta=beta)
-    _ready(weight)
+    say_ready(weight)
     return None
 
 
@@ -91,7 +91,7 @@ def accumulate_gradient(weight: nn.Parameter, gradient: Tensor) -> Tensor | None
     else:
         _add(main_grad, gradient)
     weight.from_products = True  # type: ignore[attr-defined]
-    _ready(weight)
+    say_ready(weight)
     return None
 
 
@@ -112,7 +112,7 @@ def accumulate_rows(weight: nn.Parameter, rows: Tensor, values: Tensor) -> Tenso
         return total.index_add_(0, rows, values.to(wide)).to(weight.dtype)
     settle(weight)
     main_grad.index_add_(0, rows, values.to(main_grad.dtype))
-    _ready(weight)
+    say_ready(weight)
     return None
 
 
@@ -125,7 +125,7 @@ def accumulate_sum(bias: nn.Parameter, dy: Tensor) -> Tensor | None:
         return dy.sum(0)
     settle(bias)
     main_grad.add_(dy.sum(0, dtype=main_grad.dtype))
-    _ready(bias)
+    say_ready(bias)
     return None
 
 
@@ -155,5 +155,6 @@ def _take_stale(parameter: nn.Parameter) -> bool:
     return stale
 
 
-def _ready(parameter: nn.Parameter) -> None:
+def say_ready(parameter: nn.Parameter) -> None:
+    """Say that a whole gradient has been added to the `main_grad` of a parameter that has one."""
     parameter.grad_ready()  # type: ignore[attr-defined]  # set together with main_grad

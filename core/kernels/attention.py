@@ -5,7 +5,8 @@ Legend: s query length, z key length, b batch, n query heads, g key and value he
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,11 +133,18 @@ def _sdpa(
     with sdpa_kernel(_PRIORITY, set_priority=True):
         if dropout is None:
             return call()
-        with torch.random.fork_rng(devices=[q.device]):
-            # Of its own for every part of the heads and of the global batch.
-            stream = f"{dropout.name}.{dropout.first_head}.{dropout.key.first_sample}"
-            torch.cuda.manual_seed(dropout.key.stream(stream) & (2**63 - 1))
+        with mask_generator(dropout, q.device):
             return call(dropout_p=dropout.p)
+
+
+@contextmanager
+def mask_generator(dropout: AttentionDropout, device: torch.device) -> Iterator[None]:
+    """Seed the generator that CUDA kernels draw an attention mask from, and put it back."""
+    with torch.random.fork_rng(devices=[device]):
+        # Of its own for every part of the heads and of the global batch.
+        stream = f"{dropout.name}.{dropout.first_head}.{dropout.key.first_sample}"
+        torch.cuda.manual_seed(dropout.key.stream(stream) & (2**63 - 1))
+        yield
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, window: int) -> Tensor:

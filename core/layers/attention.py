@@ -46,10 +46,12 @@ class CoreAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key: DropoutKey | None) -> Tensor:
         """`[s, b, n, d]`, `[z, b, g, d]`, `[z, b, g, d]` to `[s, b, n * d]`."""
-        dropout = None
-        if self.p > 0.0 and key is not None:
-            dropout = AttentionDropout(self.p, key, self.name, self.first_head, self.total_heads)
-        return attention(q, k, v, self.pattern, dropout).flatten(2, 3)
+        return attention(q, k, v, self.pattern, self._dropout(key)).flatten(2, 3)
+
+    def _dropout(self, key: DropoutKey | None) -> AttentionDropout | None:
+        if self.p == 0.0 or key is None:
+            return None
+        return AttentionDropout(self.p, key, self.name, self.first_head, self.total_heads)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,53 @@ from core.parallel.random import ONES, ZEROS, Init
 from core.parallel.recompute import is_recomputed
 from core.parallel.sharding import Declaration, GradKind, declare_parameter, whole_copy
 
+NormParameters = tuple[tuple[str, Init], ...]
+"""Names and initial values."""
+
+
+def declare_norm(
+    module: nn.Module,
+    place: Placement,
+    parameters: NormParameters,
+    size: int,
+    *,
+    per_head: bool = False,
+    prefix: str = "",
+    norm: str | None = None,
+) -> None:
+    """Declare the parameters of a norm on the module that computes it.
+
+    Args:
+        module: gets them.
+        place: axes, format and device.
+        parameters: of the norm.
+        size: width of the last dimension.
+        per_head: the input is this rank's own heads, so gradients are partial over tp at any rate.
+        prefix: of their attributes.
+        norm: global name of the norm, where it is not the module's.
+    """
+    shape = (size,)
+    grad: GradKind = "partial" if per_head or place.ctx.sequence_parallel else "same"
+    for name, init in parameters:
+        global_name = None if norm is None else f"{norm}.{name}"
+        declare_parameter(
+            module,
+            f"{prefix}{name}",
+            shape,
+            Declaration(
+                shape,
+                whole_copy(shape, grad),
+                init,
+                weight_decay=False,
+                global_name=global_name,
+            ),
+            dtype=place.dtype,
+            device=place.device,
+        )
+
 
 class _Norm(nn.Module):
-    PARAMETERS: ClassVar[tuple[tuple[str, Init], ...]]
+    PARAMETERS: ClassVar[NormParameters]
 
     def __init__(self, place: Placement, size: int, eps: float, *, per_head: bool = False) -> None:
         """Make the parameters.
@@ -27,17 +71,8 @@ class _Norm(nn.Module):
                 rate.
         """
         super().__init__()
-        self.eps, shape = eps, (size,)
-        grad: GradKind = "partial" if per_head or place.ctx.sequence_parallel else "same"
-        for name, init in self.PARAMETERS:
-            declare_parameter(
-                self,
-                name,
-                shape,
-                Declaration(shape, whole_copy(shape, grad), init, weight_decay=False),
-                dtype=place.dtype,
-                device=place.device,
-            )
+        self.eps = eps
+        declare_norm(self, place, self.PARAMETERS, size, per_head=per_head)
 
 
 class RMSNorm(_Norm):

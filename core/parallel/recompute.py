@@ -13,6 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 R = TypeVar("R")
 
+Recompute = Callable[..., Any]
+"""Calls its first argument with the others, and again in the backward pass, as `recomputed`
+does."""
+
 
 def recomputed(fn: Callable[..., R], *args: Any) -> R:
     """Call `fn(*args)`, keeping only its arguments for the backward pass (Chen et al., 2016)."""
@@ -20,7 +24,7 @@ def recomputed(fn: Callable[..., R], *args: Any) -> R:
     return result
 
 
-def recompute_module(module: nn.Module) -> None:
+def recompute_module(module: nn.Module, again: Recompute = recomputed) -> None:
     """Make every later call of `module` in training drop its activations, without changing its
     name in the tree.
     """
@@ -28,7 +32,7 @@ def recompute_module(module: nn.Module) -> None:
     loose: Any = module
 
     def call(*args: Any) -> Any:
-        return recomputed(forward, *args) if module.training else forward(*args)
+        return again(forward, *args) if module.training else forward(*args)
 
     loose.forward, loose.recomputes = call, True
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from core.backends.local import LocalSpecProvider
 from core.backends.provider import BackendSpecProvider
 from core.config.data import DataConfig
 from core.config.parallel import RecomputeConfig
@@ -100,14 +101,19 @@ class LanguageModelTask:
         return self.model_config.flops_per_token(seq_length, causal=causal)
 
     def describe(self, ctx: ParallelContext, data: DataConfig, dtype: torch.dtype) -> list[str]:
-        """Which attention kernel runs; a slow one is logged as a warning."""
+        """Backend, and which attention kernel the local one runs; a slow one is logged as a
+        warning.
+        """
+        backend = self.backend.describe()
+        if not isinstance(self.backend, LocalSpecProvider):
+            return [backend]  # which chooses by itself
         if ctx.device.type != "cuda":
-            return ["attention: torch's CPU kernel"]
+            return [backend, "attention: torch's CPU kernel"]
         config = self.model_config
         heads = config.num_attention_heads // ctx.tp.size
         groups = max(1, config.kv_heads // ctx.tp.size)
         shape = (data.seq_length, 1, heads, config.kv_channels)
-        lines = [f"attention: {chosen_kernel(shape, groups, dtype)}"]
+        lines = [backend, f"attention: {chosen_kernel(shape, groups, dtype)}"]
         windows = {config.window_of(i) for i in range(config.num_layers)} - {None}
         if any(window < data.seq_length for window in windows if window is not None):
             lines.append(f"attention with a window of {windows}: flex attention, compiled")

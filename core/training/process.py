@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from core.config.backend import BackendUse, validate_backend
 from core.config.run import RunConfig
 from core.config.train import TrainConfig, validate_batch_sizes
 from core.errors import ConfigError, TesseraError
@@ -76,12 +77,14 @@ def train(config: RunConfig[Any], make_task: MakeTask, handler: SentenceHandler)
     """
     task = make_task(config)
     check_before_start(config)
-    datasets = make_datasets(task, config)
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    kind = "cuda" if cuda else "cpu"
+    validate_backend(BackendUse(config.backend, config.precision, config.parallel, kind))
+    datasets = make_datasets(task, config)
     timeout = collective_timeout(config.train)
     met = meet(timeout)
     handler.board = FailureBoard.connect(met)
-    device = init_distributed("cuda" if cuda else "cpu", timeout, met)
+    device = init_distributed(kind, timeout, met)
     ctx = ParallelContext.create(config.parallel, device, timeout)
     trainer = Trainer(task, config, ctx, datasets=datasets, failures=handler)
     done = trainer.fit()

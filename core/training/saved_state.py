@@ -1,16 +1,21 @@
 """Parameters and optimizer state read from a checkpoint that may keep them in other formats: with
-fp32 masters, with the 16 bits that complete bf16 parameters, or as fp32 parameters alone.
+fp32 masters, with the 16 bits that complete bf16 parameters, or as fp32 parameters alone. And what
+modules keep beside parameters.
 """
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor, nn
 
-from core.checkpoint.index import SavedTensor, model_key, optim_key
+from core.checkpoint.index import SavedTensor, model_key, module_key, optim_key
 from core.checkpoint.reader import CheckpointReader
 from core.optim.adamw import ParameterState
 from core.optim.rounding import join_master, round_master, split_master
+from core.parallel.context import ParallelContext
+from core.parallel.sharding import Box, BoxCopy
 
 
 def saved_state(states: Iterable[ParameterState]) -> list[SavedTensor]:
@@ -76,6 +81,71 @@ def load_state(reader: CheckpointReader, states: Iterable[ParameterState]) -> No
         else:
             alike.append(saved)
     reader.load(alike, convert=True)
+
+
+@runtime_checkable
+class KeepsScaling(Protocol):
+    """A module that carries statistics of past steps along, as FP8 with delayed scaling does."""
+
+    def scaling_state(self) -> dict[str, Tensor]:
+        """The tensors by name, as they lie in memory, for a checkpoint to read and to fill."""
+
+
+class ModuleState:
+    """What a model's modules keep beside parameters. Every rank of tp and dp has its own, so it
+    fits one size of both only; pp is free, since it goes by module.
+    """
+
+    def __init__(self, chunks: Iterable[nn.Module], ctx: ParallelContext) -> None:
+        """Find it, as just built.
+
+        Args:
+            chunks: the pieces of the model on this rank.
+            ctx: the process axes.
+        """
+        ranks = (ctx.tp.size, ctx.dp.size)
+        at = (ctx.tp.rank, ctx.dp.rank)
+        self.tensors: list[SavedTensor] = []
+        self._paths: set[str] = set()
+        for chunk in chunks:
+            for path, module in chunk.named_modules():
+                self._paths.add(path)
+                found = module.scaling_state() if isinstance(module, KeepsScaling) else {}
+                for name, tensor in found.items():
+                    local = Box.whole((1, 1, *tensor.shape))
+                    copy = BoxCopy(local, Box((*at, *local.start[2:]), local.shape))
+                    shape = (*ranks, *tensor.shape)
+                    key = module_key(f"{path}.{name}")
+                    self.tensors.append(SavedTensor(key, shape, (copy,), tensor[None, None]))
+        self._fresh = [saved.tensor.clone() for saved in self.tensors]
+
+    @torch.no_grad()
+    def load(self, reader: CheckpointReader) -> str | None:
+        """Fill it, or begin anew where the checkpoint has none that fits.
+
+        Returns:
+            A sentence for the log if something was dropped.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        prefix = module_key("")
+        there = {
+            name: record.shape
+            for name, record in reader.tensors.items()
+            # Those of other stages are not of this rank.
+            if name.startswith(prefix) and name[len(prefix) :].rpartition(".")[0] in self._paths
+        }
+        if there == {saved.name: saved.global_shape for saved in self.tensors}:
+            if self.tensors:
+                reader.load(self.tensors)
+            return None
+        for saved, fresh in zip(self.tensors, self._fresh, strict=True):
+            saved.tensor.copy_(fresh)
+        return (
+            f"{reader.path.name}: the scales of FP8 begin anew, for the checkpoint is of another "
+            "backend, recipe or layout"
+        )
 
 
 def _key(kind: str, parameter: SavedTensor) -> str:

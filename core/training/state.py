@@ -32,7 +32,7 @@ from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext
 from core.parallel.placement import initialize_parameters
 from core.parallel.sharding import DeclaredParameter
-from core.training.saved_state import load_parameters, load_state, saved_state
+from core.training.saved_state import ModuleState, load_parameters, load_state, saved_state
 from core.training.task import TrainTask
 
 CONFIG_FILE = "run.toml"
@@ -117,6 +117,7 @@ class RunState:
     ctx: ParallelContext
     data_parallel: DataParallel
     optimizer: OptimizerStep
+    modules: ModuleState
     position: Position = dataclasses.field(default_factory=Position)
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What is remembered of the Hugging Face weights that training began with."""
@@ -224,7 +225,11 @@ class RunState:
             train = self.config.train
             self._saver = CheckpointSaver(
                 folder,
-                [*saved_parameters(self.parameters), *saved_state(self.optimizer.state_tensors())],
+                [
+                    *saved_parameters(self.parameters),
+                    *saved_state(self.optimizer.state_tensors()),
+                    *self.modules.tensors,
+                ],
                 self.ctx,
                 keep_last=train.keep_last or None,
                 keep_every=train.keep_every or None,
@@ -319,6 +324,9 @@ class RunState:
             reader.check_assets()
         remainder = self.config.precision.master_weights == "remainder"
         load_parameters(reader, saved_parameters(self.parameters), remainder=remainder)
+        dropped = self.modules.load(reader)
+        if dropped is not None:
+            self._warn(dropped)
         if reader.sections.get("train_state") is not None:
             load_state(reader, self.optimizer.state_tensors())
             return

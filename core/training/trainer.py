@@ -49,6 +49,7 @@ from core.training.metrics import (
     Tracker,
     peak_tflops,
 )
+from core.training.saved_state import ModuleState
 from core.training.staged_model import StagedModel
 from core.training.state import RunState
 from core.training.step_trace import TRACE_FILE, StepTrace
@@ -146,7 +147,8 @@ class Trainer:
         )
         console = Console(enabled=ctx.world.rank == 0, total_steps=train.steps)
         self._reporter = Reporter(console, self._throughput(dtype), ctx.device)
-        self.state = RunState(task, config, ctx, parallel, self.optimizer)
+        modules = ModuleState(self.model.chunks, ctx)
+        self.state = RunState(task, config, ctx, parallel, self.optimizer, modules)
         start = self.state.start()
         self._skips = SkipLimit(
             config.optimizer.max_consecutive_skips, self.optimizer.loss_scale.minimum

@@ -23,7 +23,9 @@ def decoder_layer_spec(
     norm.
     """
     backend = backend.for_layer(layer)
-    norm = backend.norm(config.normalization)
+    name = f"decoder.layers.{layer}"
+    input_norm, linear_qkv = _normed_linear(config, backend, f"{name}.input_norm")
+    pre_mlp_norm, linear_fc1 = _normed_linear(config, backend, f"{name}.pre_mlp_norm")
     head_norm: ModuleSpec[nn.Module] = IDENTITY
     if config.qk_norm != "none":
         head_norm = backend.norm(config.qk_norm)
@@ -31,7 +33,7 @@ def decoder_layer_spec(
         SelfAttention,
         params={"causal": True, "window": config.window_of(layer)},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_linear(),
+            linear_qkv=linear_qkv,
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
             q_norm=head_norm,
@@ -40,17 +42,27 @@ def decoder_layer_spec(
     )
     mlp: ModuleSpec[Any] = ModuleSpec(
         MLP,
-        submodules=MLPSubmodules(
-            linear_fc1=backend.column_parallel_linear(),
-            linear_fc2=backend.row_parallel_linear(),
-        ),
+        submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=backend.row_parallel_linear()),
     )
     return ModuleSpec(
         TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_norm=norm, self_attention=attention, pre_mlp_norm=norm, mlp=mlp
+            input_norm=input_norm, self_attention=attention, pre_mlp_norm=pre_mlp_norm, mlp=mlp
         ),
     )
+
+
+def _normed_linear(
+    config: TransformerConfig, backend: BackendSpecProvider, name: str
+) -> tuple[ModuleSpec[nn.Module], ModuleSpec[Any]]:
+    """A norm of this global name and the linear layer after it, in which a backend may hide the
+    norm.
+    """
+    kind = config.normalization
+    fused = backend.layernorm_column_parallel_linear(kind, config.norm_epsilon, name)
+    if fused is None:
+        return backend.norm(kind), backend.column_parallel_linear()
+    return IDENTITY, fused
 
 
 def build_decoder(
@@ -77,4 +89,5 @@ def build_decoder(
         layers={i: decoder_layer_spec(config, backend, i) for i in range(config.num_layers)},
         final_norm=backend.norm(config.normalization),
         recompute=recompute,
+        execution=backend.execution(place.ctx),
     )

@@ -23,6 +23,7 @@ from core.parallel.collectives import gather_last
 from core.parallel.placement import Placement
 from core.parallel.random import DropoutKey, normal_init
 from core.spec import IDENTITY, ModuleSpec
+from core.transformer.execution import Execution
 from core.transformer.stack import LayerStack
 
 TABLE = "embedding.word_embeddings.weight"
@@ -60,6 +61,7 @@ class LanguageModel(nn.Module):
         layers: Mapping[int, ModuleSpec[Any]],
         final_norm: ModuleSpec[nn.Module],
         recompute: RecomputeConfig | None = None,
+        execution: Execution | None = None,
     ) -> None:
         """Build embedding, layers and head, or those of them that `place` holds; parameters are not
         yet initialised.
@@ -70,6 +72,7 @@ class LanguageModel(nn.Module):
             layers: global layer number to spec, for all layers of the model.
             final_norm: spec of the norm before the head.
             recompute: which activations are recomputed; none by default.
+            execution: how the backend wants its layers run.
         """
         super().__init__()
         self.config = config
@@ -86,6 +89,7 @@ class LanguageModel(nn.Module):
             layers={i: spec for i, spec in layers.items() if place.holds(i + 1)},
             final_norm=final_norm if has_head else IDENTITY,
             recompute=recompute or RecomputeConfig(),
+            execution=execution,
         )
         self.output_layer = None
         if has_head:

@@ -15,7 +15,7 @@ from core.layers.dropout import BiasDropoutAdd
 from core.layers.forward_info import ForwardInfo
 from core.layers.norm import fork
 from core.parallel.placement import Placement
-from core.parallel.recompute import recompute_module
+from core.parallel.recompute import Recompute, recompute_module, recomputed
 from core.spec import IDENTITY, IdentityOp, ModuleSpec, build_module
 
 
@@ -100,9 +100,9 @@ class TransformerLayer(nn.Module):
         out: Tensor = self.mlp_add(branch, bias, hidden, key)
         return out
 
-    def recompute_modules(self, names: Sequence[str]) -> None:
+    def recompute_modules(self, names: Sequence[str], again: Recompute = recomputed) -> None:
         """Recompute `core_attention`, `mlp` or `norm` in training instead of keeping their
-        activations.
+        activations; `again` does it.
         """
         chosen = {
             "core_attention": [self.self_attention.core_attention],
@@ -120,7 +120,7 @@ class TransformerLayer(nn.Module):
         for name in names:
             for module in chosen[name]:
                 if not isinstance(module, IdentityOp):
-                    recompute_module(module)
+                    recompute_module(module, again)
 
 
 def _normed(norm: nn.Module, branch: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

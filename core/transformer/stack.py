@@ -12,16 +12,17 @@ from core.config.transformer import TransformerConfig
 from core.errors import ConfigError
 from core.layers.forward_info import ForwardInfo
 from core.parallel.placement import Placement
-from core.parallel.recompute import recomputed
+from core.parallel.recompute import Recompute
 from core.spec import IDENTITY, ModuleSpec, build_module
+from core.transformer.execution import Execution
 
 
 @runtime_checkable
 class RecomputableLayer(Protocol):
     """A layer that can recompute some of its modules."""
 
-    def recompute_modules(self, names: Sequence[str]) -> None:
-        """Recompute the named modules in training."""
+    def recompute_modules(self, names: Sequence[str], again: Recompute) -> None:
+        """Recompute the named modules in training, by `again`."""
 
 
 class LayerStack(nn.Module):
@@ -36,6 +37,7 @@ class LayerStack(nn.Module):
         layers: Mapping[int, ModuleSpec[Any]],
         final_norm: ModuleSpec[nn.Module] = IDENTITY,
         recompute: RecomputeConfig,
+        execution: Execution | None = None,
     ) -> None:
         """Build the layers.
 
@@ -46,6 +48,7 @@ class LayerStack(nn.Module):
             layers: global layer number to spec, in order.
             final_norm: norm after the last layer; IDENTITY on stages that do not end the stack.
             recompute: which activations are recomputed.
+            execution: how the backend wants its layers run.
 
         Raises:
             ConfigError: a layer cannot recompute some of its modules, and is asked to.
@@ -58,7 +61,7 @@ class LayerStack(nn.Module):
             }
         )
         self.final_norm = build_module(final_norm, place, config.hidden_size, config.norm_epsilon)
-        self.recompute = recompute
+        self.recompute, self.execution = recompute, execution or Execution()
         if recompute.granularity == "selective":
             for i, layer in self.layers.items():
                 if not isinstance(layer, RecomputableLayer):
@@ -67,14 +70,18 @@ class LayerStack(nn.Module):
                         f"{' or '.join(recompute.modules)} alone: set "
                         "--parallel.recompute.granularity to full or none"
                     )
-                layer.recompute_modules(recompute.modules)
+                layer.recompute_modules(recompute.modules, self.execution.recomputed)
 
     def forward(self, hidden: Tensor, info: ForwardInfo) -> Tensor:
         """`[s, b, h]` (`[s / tp, b, h]` under sequence parallelism) to the same shape."""
         layers = list(self.layers.values())
         groups = self._groups(layers) if self.training else [(layers, False)]
-        for group, again in groups:
-            hidden = recomputed(_run, group, hidden, info) if again else _run(group, hidden, info)
+        with self.execution.around():
+            for group, again in groups:
+                if again:
+                    hidden = self.execution.recomputed(_run, group, hidden, info)
+                else:
+                    hidden = _run(group, hidden, info)
         out: Tensor = self.final_norm(hidden)
         return out
 

@@ -32,7 +32,9 @@ def llama_task(config: RunConfig[TransformerConfig]) -> "TrainTask":
         build=build_llama,
         importer=import_weights,
         recompute=config.parallel.recompute,
-        backend=chosen_backend(config.precision, config.model.num_layers),
+        backend=chosen_backend(
+            config.backend, config.precision, config.parallel, config.model.num_layers
+        ),
         label_smoothing=config.train.label_smoothing,
     )
 

@@ -147,7 +147,7 @@ class _Run:
         if torch.distributed.is_initialized():
             place = torch.device("cuda", torch.distributed.get_rank())
         self.ctx = ctx = ParallelContext.create(config, place)
-        backend = chosen_backend(precision, MODEL.num_layers)
+        backend = chosen_backend("local", precision, ParallelConfig(), MODEL.num_layers)
         model_place = Placement(ctx, torch.bfloat16, place)
         self.model = build_llama(MODEL, model_place, config.recompute, backend)
         self.parameters = declared_parameters(self.model)

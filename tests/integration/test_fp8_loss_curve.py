@@ -38,7 +38,7 @@ def _bf16() -> list[float]:
 def _losses(precision: PrecisionConfig) -> list[float]:
     """Of each step, learning to count in steps of three."""
     ctx = ParallelContext.single()
-    backend = chosen_backend(precision, MODEL.num_layers)
+    backend = chosen_backend("local", precision, ParallelConfig(), MODEL.num_layers)
     model = build_llama(MODEL, Placement(ctx, torch.bfloat16, ctx.device), None, backend)
     parameters = declared_parameters(model)
     initialize_parameters(parameters, seed=0)

@@ -45,8 +45,6 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "--precision.moments bf16 does not fit --precision.dtype fp64",
     ),
     ("_fp8_needs_bf16", {"dtype": "fp32", "fp8": "current"}, "fp8 current completes .* not fp32"),
-    ("_fp8_recipe_is_local", {"fp8": "delayed"}, "fp8 delayed needs Transformer Engine"),
-    ("_fp8_recipe_is_local", {"fp8": "blockwise"}, "fp8 blockwise needs Transformer Engine"),
     (
         "_fp8_layers_do_something",
         {"fp8_bf16_first_layers": 1},
@@ -137,7 +135,7 @@ SYMMETRIC = ParallelConfig(tp=2, sequence_parallel=True, tp_overlap="symmetric_m
             64,
             "width of the query, key and value heads of one rank is 72",
         ),
-        ({}, {}, ParallelConfig(), 40, "seq-length times --train.micro-batch-size is 40"),
+        ({}, {}, ParallelConfig(), 40, "number of tokens of one rank is 40"),
         ({}, {}, SYMMETRIC, 64, "symmetric_memory is not built for --precision.fp8 current"),
     ],
 )

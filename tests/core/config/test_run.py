@@ -56,6 +56,11 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "--model: attention_dropout 0.1 with a sliding_window of 100",
     ),
     (
+        "_backend_can_do_it",
+        {"backend": "transformer_engine", "device": "cpu"},
+        "--backend transformer_engine runs on NVIDIA GPUs alone",
+    ),
+    (
         "_batch_can_be_cut",
         {"train": TrainConfig(global_batch_size=8, micro_batch_size=3)},
         "global-batch-size is 8",

@@ -112,7 +112,7 @@ class Run:
         self.ctx = ctx or ParallelContext.create(case.parallel, torch.device("cpu"))
         dtype = DTYPES[case.precision.dtype]
         place = model_placement(self.ctx, case.parallel, dtype)
-        backend = chosen_backend(case.precision, case.model.num_layers)
+        backend = chosen_backend("local", case.precision, case.parallel, case.model.num_layers)
         self.model = build_llama(case.model, place, case.recompute, backend)
         self.sharing = publish_sharing(declared_parameters(self.model), self.ctx)
         self.parallel: DataParallel = make_data_parallel(
