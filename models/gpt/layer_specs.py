@@ -24,4 +24,4 @@ def get_gpt_layer_with_transformer_engine_spec(
     # Only whoever asks for it needs the library.
     from core.backends.transformer_engine import TransformerEngineSpecProvider
 
-    return decoder_layer_spec(config, TransformerEngineSpecProvider(), layer)
+    return decoder_layer_spec(config, TransformerEngineSpecProvider(config.num_layers), layer)

@@ -46,14 +46,17 @@ def test_both_specs_differ_in_the_provider_alone(
     config: TransformerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one provider under the other's name they are equal, layer by layer."""
+    asked = []
 
-    class Counted(LocalSpecProvider):
-        pass
+    def provider(num_layers: int) -> LocalSpecProvider:
+        asked.append(num_layers)
+        return LocalSpecProvider()
 
     module = ModuleType("core.backends.transformer_engine")
-    module.TransformerEngineSpecProvider = Counted  # type: ignore[attr-defined]
+    module.TransformerEngineSpecProvider = provider  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for layer in (0, 1):
         found = get_gpt_layer_with_transformer_engine_spec(config, layer)
         assert found == get_gpt_layer_local_spec(config, layer)
         assert found == decoder_layer_spec(config, LocalSpecProvider(), layer)
+    assert asked == [config.num_layers] * 2
