@@ -51,6 +51,9 @@ LLAMA: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+"""Variants of the Llama family: name to Hugging Face class and the config entries that set it
+apart."""
+
 GPT: dict[str, tuple[str, dict[str, Any]]] = {
     # The MLP is as wide as the model: all weights but c_attn are square, so that a transpose too
     # many or too few shows in no shape.
@@ -76,8 +79,10 @@ GPT: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+"""Likewise of the GPT family."""
+
 VARIANTS = {**LLAMA, **GPT}
-"""Name to Hugging Face class and the config entries that set it apart."""
+"""All of them."""
 
 _LLAMA_SIZES: dict[str, Any] = {
     "hidden_size": 40,
