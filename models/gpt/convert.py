@@ -47,7 +47,7 @@ GPT2, NEOX = "GPT2LMHeadModel", "GPTNeoXForCausalLM"
 
 # ---- config.json ---------------------------------------------------------------------------------
 
-_ALWAYS = {"normalization": "layernorm", "gated_mlp": False, "mlp_bias": True}
+_ALWAYS: dict[str, Any] = {"normalization": "layernorm", "gated_mlp": False, "mlp_bias": True}
 """What the classes have in common and config.json does not say."""
 
 

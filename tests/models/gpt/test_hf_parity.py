@@ -13,7 +13,7 @@ from torch import Tensor
 
 from converters.native import export_checkpoint, import_checkpoint
 from converters.plan import make_plan
-from converters.rules import Family, Rule
+from converters.rules import Family, Rule, Size
 from converters.source import load_into, open_source
 from converters.verify import verify
 from core.config.parallel import ParallelConfig
@@ -53,7 +53,7 @@ def _read_as_blocks(rule: Rule) -> Rule:
     """Per-head qkv read as if all queries came first."""
     if "linear_qkv" not in rule.native:
         return rule
-    starts = (0, "attention", "2 attention")
+    starts: tuple[Size, ...] = (0, "attention", "2 attention")
     blocks = zip(rule.blocks, starts, strict=True)
     return replace(rule, blocks=tuple(replace(b, start=start, pitch=0) for b, start in blocks))
 
