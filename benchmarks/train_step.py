@@ -20,10 +20,11 @@ import torch
 import tyro
 from torch import Tensor
 
+from core.backends.chosen import chosen_backend
 from core.config.loading import exit_on_user_error
 from core.config.optimizer import OptimizerConfig
 from core.config.parallel import ParallelConfig, validate_parallel
-from core.config.precision import PrecisionConfig, validate_precision
+from core.config.precision import PrecisionConfig, validate_fp8, validate_precision
 from core.config.suggestions import did_you_mean
 from core.config.transformer import TransformerConfig
 from core.data_parallel.modes import make_data_parallel, model_placement
@@ -79,7 +80,8 @@ class Step:
         self.work, self.config, self.ctx = work, config, ctx
         dtype = DTYPES[work.precision.dtype]
         place = model_placement(ctx, work.parallel, dtype)
-        self.model: LanguageModel = build_llama(config, place, work.parallel.recompute)
+        backend = chosen_backend(work.precision, config.num_layers)
+        self.model: LanguageModel = build_llama(config, place, work.parallel.recompute, backend)
         sharing = publish_sharing(declared_parameters(self.model), ctx)
         self.data_parallel = make_data_parallel([self.model], ctx, work.parallel, dtype)
         self.optimizer = OptimizerStep(
@@ -148,8 +150,9 @@ def report(step: Step, work: Work, seconds: list[float], first: float) -> str:
     lines = [
         f"{work.preset}, {config.num_layers} layers, vocabulary {config.vocab_size}, sequence "
         f"{work.seq_length}, {work.microbatches} x {work.micro_batch_size}, "
-        f"{work.precision.dtype}; tp {ctx.tp.size}, sequence parallel {ctx.sequence_parallel}, dp "
-        f"{ctx.dp.size} {work.parallel.data_parallel}",
+        f"{work.precision.dtype}; tp {ctx.tp.size}, sequence parallel {ctx.sequence_parallel}, "
+        f"overlap {ctx.tp_overlap}, dp {ctx.dp.size} {work.parallel.data_parallel}",
+        f"fp8                 {work.precision.fp8}",
         f"master weights      {work.precision.master_weights}, moments {work.precision.moments}",
         f"first loss          {first:.5f}",
         f"step                {median * 1e3:.1f} ms (fastest {min(seconds) * 1e3:.1f}, slowest "
@@ -199,6 +202,8 @@ def main() -> None:
     if work.preset not in PRESETS:
         raise ConfigError(f"there is no preset {work.preset}: {did_you_mean(work.preset, PRESETS)}")
     config = dataclasses.replace(PRESETS[work.preset](), num_layers=work.layers)
+    tokens = work.seq_length * work.micro_batch_size
+    validate_fp8(work.precision, config, tp=work.parallel.tp, tokens=tokens)
     step = Step(work, config, ctx)
     seconds, first = measure(step, work)
     text = report(step, work, seconds, first)

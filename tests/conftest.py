@@ -1,9 +1,14 @@
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from core.testing.distributed import WorkerPool
+
+# Triton reads it as it is imported, which nothing has done yet.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -172,7 +172,7 @@ class Index:
 
 def _decode(content: dict[str, Any]) -> Index:
     files, block_size = {}, content["block_size"]
-    if block_size < 1:
+    if block_size < 1 or block_size % 16:  # so that no number lies in two blocks
         raise ValueError(f"block_size is {block_size}")
     for name, value in content["files"].items():
         if not _lies_inside(name):

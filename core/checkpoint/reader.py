@@ -1,8 +1,7 @@
 """Loading at any layout: the boxes that a rank holds are intersected with the boxes on disk."""
 
-import zlib
-from collections.abc import Iterable, Mapping
-from io import RawIOBase
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,12 @@ import torch
 from torch import Tensor
 
 from core.checkpoint.assets import ASSETS_NAME
+from core.checkpoint.blocks import CheckedBlocks
 from core.checkpoint.directory import newest_complete
-from core.checkpoint.index import (
-    INDEX_NAME,
-    FileRecord,
-    Index,
-    SavedTensor,
-    TensorRecord,
-    uncovered,
-)
+from core.checkpoint.index import INDEX_NAME, Index, SavedTensor, TensorRecord, uncovered
 from core.checkpoint.plan import box_key
 from core.checkpoint.safetensors_io import SafetensorsFile
+from core.data_parallel.regions import row_major_boxes
 from core.errors import CheckpointError, DamagedCheckpointError
 from core.parallel.sharding import Box
 
@@ -49,10 +43,10 @@ def no_checkpoint(path: Path) -> CheckpointError:
 
 
 class CheckpointReader:
-    """One checkpoint, read lazily. Peak memory of a load is the destination and one slice.
+    """One checkpoint, read lazily. Peak memory of a load is the destination and two blocks.
 
-    Every block of a file (16 MiB) is compared with its checksum before the first use of one of its
-    bytes, and once only, so a rank that needs part of a file reads about that part.
+    Every file is read front to back, once a load, and only the blocks (16 MiB) that hold something
+    wanted. A block is compared with its checksum before one of its bytes is used.
 
     Raises:
         CheckpointError: the index is damaged, or a file is missing or truncated.
@@ -61,8 +55,8 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.index = Index.read(path)
-        self._files: dict[str, _TensorFile] = {}
-        self._buffer = memoryview(bytearray(self.index.block_size))
+        self._blocks = CheckedBlocks(path, self.index)
+        self._files: dict[str, SafetensorsFile] = {}
 
     @property
     def step(self) -> int:
@@ -82,7 +76,7 @@ class CheckpointReader:
     def load(self, tensors: Iterable[SavedTensor], *, convert: bool = False) -> None:
         """Fill local tensors at whatever layout they have. No communication.
 
-        Padding is left as it is. An error may leave some tensors filled and others not.
+        Padding is left as it is. Damage found on the way leaves the tensors filled in part.
 
         Args:
             tensors: destinations; every element of every copy is filled.
@@ -91,6 +85,7 @@ class CheckpointReader:
         Raises:
             CheckpointError: a tensor is missing, of another shape or dtype, incomplete or damaged.
         """
+        parts: list[_Part] = []
         for saved in tensors:
             record = self._record(saved.name)
             if record.shape != tuple(saved.global_shape):
@@ -100,14 +95,9 @@ class CheckpointReader:
                 )
             for copy in saved.copies:
                 out = saved.tensor.detach()[copy.local.slices]
-                self.read_box(saved.name, copy.global_, out, convert=convert)
+                parts += self._parts(saved.name, copy.global_, out, convert)
+        self._fill(parts)
 
-    def _record(self, name: str) -> TensorRecord:
-        if name not in self.tensors:
-            raise CheckpointError(f"{self.path} holds no tensor {name}")
-        return self.tensors[name]
-
-    @torch.no_grad()
     def read_box(self, name: str, box: Box, out: Tensor, *, convert: bool = False) -> None:
         """Copy a box of a global tensor into `out`, which has the box's shape, on any device.
 
@@ -115,6 +105,15 @@ class CheckpointReader:
             CheckpointError: as `load`.
             ValueError: `out` has another shape.
         """
+        self._fill(self._parts(name, box, out, convert))
+
+    def _record(self, name: str) -> TensorRecord:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} holds no tensor {name}")
+        return self.tensors[name]
+
+    def _parts(self, name: str, box: Box, out: Tensor, convert: bool) -> "Iterator[_Part]":
+        """What makes up a box of a global tensor."""
         record = self._record(name)
         if tuple(out.shape) != box.shape:
             raise ValueError(f"{name}: {box} does not fit a tensor of shape {tuple(out.shape)}")
@@ -130,19 +129,58 @@ class CheckpointReader:
             common = stored.intersect(box)
             if common is None or all(part.intersect(common) is None for part in left):
                 continue
-            source = self._file(file).read(box_key(name, stored), stored, record.dtype, common)
-            out[common.relative_to(box).slices].copy_(source)
+            inside, place = common.relative_to(stored), out[common.relative_to(box).slices]
+            yield _Part(name, record.dtype, stored, file, inside, place)
             left = [rest for part in left for rest in uncovered(part, (common,))]
         if left:
             raise DamagedCheckpointError(f"{self.path} is incomplete: it lacks {left[0]} of {name}")
 
-    def _file(self, name: str) -> "_TensorFile":
-        if name not in self._files:
-            self._files[name] = _TensorFile(self._blocks(name))
-        return self._files[name]
+    @torch.no_grad()
+    def _fill(self, parts: "Iterable[_Part]") -> None:
+        by_file: dict[str, list[_Part]] = {}
+        for part in parts:
+            by_file.setdefault(part.file, []).append(part)
+        for file in sorted(by_file):
+            self._fill_from(file, by_file[file])
 
-    def _blocks(self, name: str) -> "_CheckedBlocks":
-        return _CheckedBlocks(self.path / name, self.index.files[name], self._buffer)
+    def _fill_from(self, file: str, parts: "Iterable[_Part]") -> None:
+        """Copy parts that lie in one file: from each block what it holds of them."""
+        size = self.index.block_size
+        by_block: dict[int, list[tuple[_Part, int]]] = {}
+        for part in parts:
+            tensors, key = self._find(part.name, part.stored, file)
+            first, stop = tensors.span(key, part.inside)
+            for number in range(first // size, -(-stop // size)):
+                by_block.setdefault(number, []).append((part, tensors.span(key)[0]))
+
+        def use(start: int, block: Tensor) -> None:
+            for part, body in by_block[start // size]:
+                part.copy_from(block, start - body)
+
+        self._blocks.read(file, sorted(by_block), use)
+
+    def _find(self, name: str, stored: Box, file: str) -> tuple[SafetensorsFile, str]:
+        """The file that holds a stored box, and its key there."""
+        if file not in self._files:
+            opened = SafetensorsFile(self.path / file, DamagedCheckpointError)
+            self._check(file, opened.body_start)
+            self._files[file] = opened
+        tensors, key, dtype = self._files[file], box_key(name, stored), self._record(name).dtype
+        if key not in tensors or (tensors.shape(key), tensors.dtype(key)) != (stored.shape, dtype):
+            raise DamagedCheckpointError(
+                f"{tensors.path} does not hold {key} as {dtype} of shape {stored.shape}, as "
+                "the index says: the files are of two checkpoints"
+            )
+        if tensors.span(key)[0] % dtype.itemsize:
+            raise DamagedCheckpointError(
+                f"{tensors.path} holds {key} at byte {tensors.span(key)[0]}, which is no multiple "
+                f"of {dtype.itemsize}: it was not written by this program"
+            )
+        return tensors, key
+
+    def _check(self, file: str, stop: int) -> None:
+        """Compare the first `stop` bytes of a file with their checksums."""
+        self._blocks.read(file, range(-(-stop // self.index.block_size)), lambda *_: None)
 
     def check_assets(self) -> None:
         """Read the assets (`core.checkpoint.assets`) and compare their checksums; those of a
@@ -153,7 +191,7 @@ class CheckpointReader:
         """
         for name, record in self.index.files.items():
             if name.startswith(f"{ASSETS_NAME}/"):
-                self._blocks(name).check(0, record.size)
+                self._check(name, record.size)
 
     def verify(self) -> None:
         """Read every file in full: all checksums, all headers, and that no tensor has a hole.
@@ -161,12 +199,11 @@ class CheckpointReader:
         Raises:
             CheckpointError: the first damage found.
         """
-        self.check_assets()
-        for name in {file for record in self.tensors.values() for _, file in record.boxes}:
-            self._file(name).blocks.check(0, self.index.files[name].size)
+        for file, written in self.index.files.items():
+            self._check(file, written.size)
         for name, record in self.tensors.items():
             for stored, file in record.boxes:
-                self._file(file).read(box_key(name, stored), stored, record.dtype, stored)
+                self._find(name, stored, file)
             holes = uncovered(Box.whole(record.shape), (box for box, _ in record.boxes))
             if holes:
                 raise DamagedCheckpointError(
@@ -174,65 +211,35 @@ class CheckpointReader:
                 )
 
 
-class _CheckedBlocks:
-    """The blocks of a file, each of which is compared with its checksum once."""
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A part of a stored box, and where it goes."""
 
-    def __init__(self, path: Path, record: FileRecord, buffer: memoryview) -> None:
-        """`buffer` is memory of one block's size."""
-        self.path, self._record = path, record
-        self._buffer, self._block_size = buffer, len(buffer)
-        self._checked = [False] * len(record.crc32)
+    name: str
+    dtype: torch.dtype
+    stored: Box
+    file: str
+    inside: Box
+    """The part, counted from the first index of `stored`."""
+    out: Tensor
+    """Of the part's shape."""
 
-    def check(self, start: int, stop: int) -> None:
-        """Compare the blocks of a byte range with their checksums."""
-        size = self._block_size
-        due = [
-            block for block in range(start // size, -(-stop // size)) if not self._checked[block]
-        ]
-        if not due:
-            return
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                for block in due:
-                    self._check(file, block)
-        except OSError as error:
-            raise DamagedCheckpointError(
-                f"{self.path} cannot be read ({error.strerror}): restore the file or use another "
-                "checkpoint"
-            ) from error
+    def copy_from(self, block: Tensor, offset: int) -> None:
+        """Copy what a block holds of the part.
 
-    def _check(self, file: RawIOBase, block: int) -> None:
-        size = self._block_size
-        file.seek(block * size)
-        # Into the same memory every time: fresh memory costs more than the checksum.
-        count = file.readinto(self._buffer)
-        if zlib.crc32(self._buffer[:count]) != self._record.crc32[block]:
-            raise DamagedCheckpointError(
-                f"{self.path} is damaged: bytes {block * size} to "
-                f"{min((block + 1) * size, self._record.size)} do not match their checksum: "
-                "restore the file or use another checkpoint"
-            )
-        self._checked[block] = True
-
-
-class _TensorFile:
-    """A safetensors file whose blocks are checked before they are used."""
-
-    def __init__(self, blocks: _CheckedBlocks) -> None:
-        self.blocks = blocks
-        self._tensors = SafetensorsFile(blocks.path, DamagedCheckpointError)
-        blocks.check(0, self._tensors.body_start)
-
-    def read(self, key: str, stored: Box, dtype: torch.dtype, part: Box) -> Tensor:
-        """A view of the file for `part` of the box `stored`; both are boxes of the global
-        tensor.
+        Args:
+            block: flat uint8.
+            offset: where it begins, in bytes from the first of `stored`; below 0 if it begins
+                before.
         """
-        tensors = self._tensors
-        if key not in tensors or (tensors.shape(key), tensors.dtype(key)) != (stored.shape, dtype):
-            raise DamagedCheckpointError(
-                f"{self.blocks.path} does not hold {key} as {dtype} of shape {stored.shape}, as "
-                "the index says: the files are of two checkpoints"
-            )
-        inside = part.relative_to(stored)
-        self.blocks.check(*tensors.span(key, inside))
-        return tensors.read(key, inside)
+        size = self.dtype.itemsize
+        skipped = max(0, -offset)
+        first = (offset + skipped) // size
+        last = min((offset + len(block)) // size, self.stored.numel)
+        values = block[skipped : skipped + (last - first) * size].view(self.dtype)
+        for run in row_major_boxes(first, last, self.stored.shape):
+            rows, values = values[: run.numel].view(run.shape), values[run.numel :]
+            common = run.intersect(self.inside)
+            if common is not None:
+                place = self.out[common.relative_to(self.inside).slices]
+                place.copy_(rows[common.relative_to(run).slices])

@@ -4,13 +4,13 @@ communicates.
 
 import shutil
 import uuid
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from isal.isal_zlib import crc32
 from torch import Tensor
 
 from core.checkpoint.assets import ASSETS_NAME, collect_assets
@@ -42,7 +42,7 @@ def held_boxes(tensors: Iterable[SavedTensor]) -> dict[OwnedBox, tuple[SavedTens
 
 class BlockChecksums:
     """CRC-32 of each block of a stream of bytes, computed by a thread of its own while the bytes
-    are written (zlib releases Python's lock). A context manager.
+    are written (isal releases Python's lock). A context manager.
     """
 
     _AHEAD = 2  # pieces that wait for their checksum: they are kept in memory that long
@@ -71,7 +71,7 @@ class BlockChecksums:
             part, data = data[: BLOCK_SIZE - at], data[BLOCK_SIZE - at :]
             if at == 0:
                 self._crc32.append(0)
-            self._crc32[-1] = zlib.crc32(part, self._crc32[-1])
+            self._crc32[-1] = crc32(part, self._crc32[-1])
             self._size += len(part)
 
     def __enter__(self) -> "BlockChecksums":

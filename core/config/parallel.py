@@ -5,6 +5,7 @@ from typing import Literal
 
 from core.errors import ConfigError
 
+TpOverlap = Literal["none", "chunked"]
 RECOMPUTE_MODULES = ("core_attention", "mlp", "norm")
 
 
@@ -49,6 +50,10 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Cut activations between tensor-parallel regions along the sequence (Korthikanti et al.,
     2022); needs tp > 1."""
+    tp_overlap: TpOverlap = "none"
+    """sequence_parallel: how to hide the gather before a product and the sum after it. none: not,
+    other than behind weight gradients; chunked: multiply one rank's part of the sequence while the
+    next is on its way."""
     data_parallel: Literal["zero1", "fsdp2", "replicated"] = "zero1"
     """What data-parallel ranks share out. zero1: optimizer state (Rajbhandari et al., "ZeRO",
     2020); fsdp2: fp32 parameters and gradients too (torch's `fully_shard`), which takes the least
@@ -107,6 +112,14 @@ def _sequence_parallel_needs_tp(config: ParallelConfig) -> None:
         raise ConfigError(
             "--parallel.sequence-parallel does nothing with --parallel.tp 1: raise tp or leave it "
             "out"
+        )
+
+
+def _tp_overlap_has_something_to_hide(config: ParallelConfig) -> None:
+    if config.tp_overlap != "none" and not config.sequence_parallel:
+        raise ConfigError(
+            f"--parallel.tp-overlap {config.tp_overlap} does nothing without "
+            "--parallel.sequence-parallel: add it, or leave the option out"
         )
 
 
@@ -177,6 +190,7 @@ PARALLEL_RULES = (
     _fsdp2_has_one_stage,
     _axes_are_built,
     _sequence_parallel_needs_tp,
+    _tp_overlap_has_something_to_hide,
     _pipeline_knobs_do_something,
     _data_parallel_knobs_do_something,
     _recompute_knobs_do_something,

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from core.config.transformer import TransformerConfig
 from core.errors import ConfigError
 
 
@@ -21,6 +22,14 @@ class PrecisionConfig:
     moments: Literal["fp32", "bf16"] = "fp32"
     """Format of Adam's two moments. bf16 is rounded stochastically and saves 4 bytes a
     parameter."""
+    fp8: Literal["none", "current", "rowwise", "delayed", "blockwise"] = "none"
+    """Multiply in 8-bit floating point in the layers' linear parts, with scales from: current, the
+    largest value of each matrix as it is; rowwise, of each row of it. delayed and blockwise belong
+    to Transformer Engine, which is not built yet."""
+    fp8_bf16_first_layers: int = 0
+    """fp8: layers at the start that stay in bf16."""
+    fp8_bf16_last_layers: int = 0
+    """fp8: layers at the end that stay in bf16."""
     initial_loss_scale: float = 2.0**16
     """fp16: loss scale at the start."""
     loss_scale_window: int = 1000
@@ -74,10 +83,41 @@ def _memory_formats_save_something(config: PrecisionConfig) -> None:
         )
 
 
+def _fp8_needs_bf16(config: PrecisionConfig) -> None:
+    if config.fp8 != "none" and config.dtype != "bf16":
+        raise ConfigError(
+            f"--precision.fp8 {config.fp8} completes --precision.dtype bf16, not {config.dtype}: "
+            "leave one of the two out"
+        )
+
+
+def _fp8_recipe_is_local(config: PrecisionConfig) -> None:
+    if config.fp8 in ("delayed", "blockwise"):
+        raise ConfigError(
+            f"--precision.fp8 {config.fp8} needs Transformer Engine, which is not built yet: use "
+            "current or rowwise"
+        )
+
+
+def _fp8_layers_do_something(config: PrecisionConfig) -> None:
+    for name in ("fp8_bf16_first_layers", "fp8_bf16_last_layers"):
+        value, option = getattr(config, name), name.replace("_", "-")
+        if value < 0:
+            raise ConfigError(f"--precision.{option} is {value}: it must be at least 0")
+        if value and config.fp8 == "none":
+            raise ConfigError(
+                f"--precision.{option} {value} does nothing without --precision.fp8: leave it out, "
+                "or choose an fp8 recipe"
+            )
+
+
 PRECISION_RULES = (
     _loss_scale_only_for_fp16,
     _loss_scale_can_work,
     _memory_formats_save_something,
+    _fp8_needs_bf16,
+    _fp8_recipe_is_local,
+    _fp8_layers_do_something,
 )
 
 
@@ -89,3 +129,50 @@ def validate_precision(config: PrecisionConfig) -> None:
     """
     for rule in PRECISION_RULES:
         rule(config)
+
+
+def bf16_layers(config: PrecisionConfig, num_layers: int) -> frozenset[int]:
+    """Layers that do not multiply in FP8, of a model of so many."""
+    if config.fp8 == "none":
+        return frozenset(range(num_layers))
+    first, last = config.fp8_bf16_first_layers, config.fp8_bf16_last_layers
+    return frozenset(range(num_layers)) - frozenset(range(first, num_layers - last))
+
+
+def validate_fp8(
+    config: PrecisionConfig, model: TransformerConfig, *, tp: int, tokens: int
+) -> None:
+    """Check that FP8 can multiply what a transformer needs: tensor cores take widths that are
+    multiples of 16.
+
+    Args:
+        config: number formats.
+        model: architecture.
+        tp: tensor parallel size.
+        tokens: of a microbatch.
+
+    Raises:
+        ConfigError: no layer is in FP8, or a width does not fit.
+    """
+    if config.fp8 == "none":
+        return
+    if len(bf16_layers(config, model.num_layers)) == model.num_layers:
+        raise ConfigError(
+            f"--precision.fp8-bf16-first-layers {config.fp8_bf16_first_layers} and "
+            f"--precision.fp8-bf16-last-layers {config.fp8_bf16_last_layers} leave none of "
+            f"{model.num_layers} layers in FP8: lower them, or leave --precision.fp8 out"
+        )
+    heads = model.num_attention_heads // tp
+    queries_and_keys = (heads + 2 * max(1, model.kv_heads // tp)) * model.kv_channels
+    for what, size in (
+        ("--model.hidden-size", model.hidden_size),
+        ("--model.ffn-hidden-size over --parallel.tp", model.ffn_hidden_size // tp),
+        ("the width of the query heads of one rank", heads * model.kv_channels),
+        ("the width of the query, key and value heads of one rank", queries_and_keys),
+        ("--data.seq-length times --train.micro-batch-size", tokens),
+    ):
+        if size % 16:
+            raise ConfigError(
+                f"{what} is {size}, but --precision.fp8 {config.fp8} needs a multiple of 16: "
+                "change it, or leave fp8 out"
+            )

@@ -6,7 +6,7 @@ from typing import Any, Generic, Literal, TypeVar
 from core.config.data import DataConfig, parse_split, validate_data
 from core.config.optimizer import OptimizerConfig, validate_optimizer
 from core.config.parallel import ParallelConfig, validate_parallel
-from core.config.precision import PrecisionConfig, validate_precision
+from core.config.precision import PrecisionConfig, validate_fp8, validate_precision
 from core.config.train import TrainConfig, validate_batch_sizes, validate_train
 from core.config.transformer import (
     TransformerConfig,
@@ -91,6 +91,11 @@ def _saving_knobs_have_a_folder(config: RunConfig[Any]) -> None:
             f"--train.save-interval {config.train.save_interval} does nothing without --save: name "
             "a folder, or leave the interval out"
         )
+    if config.train.trace_step is not None and config.save is None:
+        raise ConfigError(
+            f"--train.trace-step {config.train.trace_step} has no place to write to without "
+            "--save: name a folder, or leave it out"
+        )
     if config.train.allow_changed_data and config.save is None:
         raise ConfigError(
             "--train.allow-changed-data does nothing without --save, where a run goes on: leave "
@@ -117,6 +122,11 @@ def _master_weights_are_kept(config: RunConfig[Any]) -> None:
         )
 
 
+def _fp8_fits_the_model(config: RunConfig[TransformerConfig]) -> None:
+    tokens = config.data.seq_length * config.train.micro_batch_size
+    validate_fp8(config.precision, config.model, tp=config.parallel.tp, tokens=tokens)
+
+
 RUN_RULES = (
     _sequence_fits_model,
     _model_can_be_cut,
@@ -126,6 +136,7 @@ RUN_RULES = (
     _saving_knobs_have_a_folder,
     _evaluation_has_data,
     _master_weights_are_kept,
+    _fp8_fits_the_model,
 )
 
 

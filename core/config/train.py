@@ -62,6 +62,10 @@ class TrainConfig:
     """Save and exit with status 0 once the run has taken this long."""
     deterministic: bool = False
     """Only deterministic GPU kernels: a resumed run repeats the uninterrupted one bit by bit."""
+    trace_step: int | None = None
+    """Write when each forward and backward pass of this step ran to pipeline_trace.json in --save,
+    which `python -m core.pipeline show --from-trace` draws. Not the first step, which may compile
+    kernels."""
     track: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = ()
     """Where metrics go beside the JSONL file in --save; needs `pip install 'tessera-zoo[track]'`.
     wandb talks to its server unless WANDB_MODE=offline; the others write local files."""
@@ -131,6 +135,11 @@ def _numbers_are_possible(config: TrainConfig) -> None:
     if config.exit_at_step is not None and not 1 <= config.exit_at_step <= config.steps:
         raise ConfigError(
             f"--train.exit-at-step is {config.exit_at_step}: it must be from 1 to --train.steps "
+            f"{config.steps}"
+        )
+    if config.trace_step is not None and not 1 <= config.trace_step <= config.steps:
+        raise ConfigError(
+            f"--train.trace-step is {config.trace_step}: it must be from 1 to --train.steps "
             f"{config.steps}"
         )
     if config.exit_duration_minutes is not None and not config.exit_duration_minutes > 0:

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from core.data_parallel.main_grad import DeferredProducts
+from core.data_parallel.derived import StepCache
+from core.data_parallel.main_grad import DeferredProducts, expire, settle
 from core.data_parallel.regions import ALIGNMENT, Fragment, Region, aligned, cut_fragments
 from core.parallel.collectives import start_all_gather_in_place, start_reduce_scatter_in_place
 from core.parallel.context import ParallelContext
@@ -70,7 +71,7 @@ class GradBuffers:
     that often for each microbatch of the step, in whatever order the gradients come. A parameter
     with an ordinary gradient needs no call: a hook adds the gradient to `main_grad`, drops `.grad`
     and calls `grad_ready`. The parameters' `deferred` lets a pipeline put products that make weight
-    gradients off.
+    gradients off, and `derived` keeps what layers make of them during a step.
 
     Updated parameters are awaited by the forward pass of the module that owns them, so a parameter
     must not be read by another module before that.
@@ -110,6 +111,7 @@ class GradBuffers:
                 raise ValueError(f"{name} already has a gradient buffer")
         self.deferred = DeferredProducts()
         """Where all parameters' products go that are put off."""
+        self._derived = StepCache()
         order = {name: position for position, name in enumerate(trainable)}
         plan = _plan_buckets(trainable, (bucket_mib << 20) // 4)
         # A bucket is complete when its earliest declared parameter is.
@@ -122,6 +124,7 @@ class GradBuffers:
         self.regions: Sequence[Region] = tuple(map(self._region, reversed(self.buckets)))
         self.counted = ctx.world if self._sharded else ctx.model
         self._bucket_of = tuple(i for i, b in enumerate(self.buckets) for _ in b.slots)
+        self._parameters = [trainable[s.sharding.name].parameter for _, s in self.slots()]
         self._gathers: list[dist.Work | None] = [None] * len(self.buckets)
         owners: dict[nn.Module, set[int]] = defaultdict(set)
         for index, (bucket, slot) in enumerate(self.slots()):
@@ -129,6 +132,7 @@ class GradBuffers:
             parameter: Any = declared.parameter
             parameter.main_grad = slot.view(bucket.main_grad)
             parameter.deferred = self.deferred
+            parameter.derived = self._derived
             parameter.grad_ready = self._readiness(index, slot.sharding.name)
             parameter.register_post_accumulate_grad_hook(_accumulate)
             for module in declared.modules:
@@ -141,6 +145,7 @@ class GradBuffers:
 
     def begin_step(self, microbatches: int) -> None:
         """Say that a step starts, and of how many microbatches."""
+        self._derived.open()
         self._microbatches = microbatches
         self._calls = [0] * len(self._bucket_of)
         known = self._per_microbatch or self._calls
@@ -158,6 +163,7 @@ class GradBuffers:
         reduce-scatter (replicated: all-reduce) per bucket, in the same order on all ranks. On CUDA
         the host does not wait.
         """
+        self._derived.close()
         # A gather that no module has awaited must not meet the update that comes next.
         self.wait_for_parameters()
         while self._started < len(self.buckets):
@@ -184,11 +190,9 @@ class GradBuffers:
             self._wait(at)
 
     def zero(self) -> None:
-        """Clear the gradients that are in no region, for the next step."""
-        for bucket in self.buckets:
-            mine = self._mine(bucket)
-            bucket.main_grad[: mine.start].zero_()
-            bucket.main_grad[mine.stop :].zero_()
+        """Expire all gradients; see `main_grad.py`. The gaps between them are zero for good."""
+        for parameter in self._parameters:
+            expire(parameter)
         self._reset()
 
     def wait_for_parameters(self) -> None:
@@ -226,6 +230,7 @@ class GradBuffers:
         self._started = 0
         self._works: list[dist.Work] = []
         self.begin_step(0)
+        self._derived.close()
 
     def _awaiter(self, buckets: tuple[int, ...]) -> Callable[..., None]:
         def await_parameters(*_: Any) -> None:
@@ -266,6 +271,9 @@ class GradBuffers:
         return grad_ready
 
     def _start_next(self) -> None:
+        for parameter, bucket in zip(self._parameters, self._bucket_of, strict=True):
+            if bucket == self._started:
+                settle(parameter)
         main_grad = self.buckets[self._started].main_grad
         if self._sharded:
             self._works.append(start_reduce_scatter_in_place(main_grad, self._axis))
@@ -280,6 +288,7 @@ def _accumulate(parameter: Any) -> None:
     """Move an ordinary gradient to `main_grad`."""
     if parameter.grad is None:  # autograd calls this too where every use accumulated by itself
         return
+    settle(parameter)
     parameter.main_grad.add_(parameter.grad)
     parameter.grad = None
     parameter.grad_ready()

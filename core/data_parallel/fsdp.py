@@ -112,7 +112,9 @@ class FullyShardedModel:
         """Nothing: the next forward pass gathers what it needs."""
 
     def zero(self) -> None:
-        """Nothing: no gradient lies outside the regions."""
+        """Clear the gradients of all regions."""
+        for region in self.regions:
+            region.main_grad.zero_()
 
     def wait_for_parameters(self) -> None:
         """Free what a forward pass without a backward pass has left gathered."""

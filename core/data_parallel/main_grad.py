@@ -1,12 +1,18 @@
 """Where a weight's gradient goes: straight into its fp32 `main_grad` if the data-parallel buffers
 gave it one.
+
+A gradient that comes from products is not cleared between steps: it goes stale, and the first
+product of the next step overwrites it, which saves a write and a read of the whole buffer.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from core.kernels.compile import compiled
 
 
 class DeferredProducts:
@@ -50,8 +56,9 @@ def accumulate_product(weight: nn.Parameter, dy: Tensor, x: Tensor) -> Tensor | 
     """Add `dy^T x`, the gradient of a linear layer's weight, to the weight's gradient.
 
     With a `main_grad` the sum is accumulated inside the GEMM (on CUDA in fp32 for 16-bit inputs;
-    what Megatron-LM does with an APEX kernel), `grad_ready` is called and nothing is returned to
-    autograd. Without one the product is returned as an ordinary gradient.
+    what Megatron-LM does with an APEX kernel), or written by it where the gradient is stale;
+    `grad_ready` is called and nothing is returned to autograd. Without one the product is returned
+    as an ordinary gradient.
 
     Args:
         weight: `[o, i]`.
@@ -61,12 +68,32 @@ def accumulate_product(weight: nn.Parameter, dy: Tensor, x: Tensor) -> Tensor | 
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is None:
         return dy.t() @ x
+    # With 0 nothing is read, not even NaN.
+    beta = 0 if _take_stale(weight) else 1
+    weight.from_products = True  # type: ignore[attr-defined]
     if dy.is_cuda and dy.dtype != main_grad.dtype:
-        torch.addmm(main_grad, dy.t(), x, out_dtype=main_grad.dtype, out=main_grad)
+        torch.addmm(main_grad, dy.t(), x, beta=beta, out_dtype=main_grad.dtype, out=main_grad)
     else:
-        main_grad.addmm_(dy.t().to(main_grad.dtype), x.to(main_grad.dtype))
+        main_grad.addmm_(dy.t().to(main_grad.dtype), x.to(main_grad.dtype), beta=beta)
     _ready(weight)
     return None
+
+
+def accumulate_gradient(weight: nn.Parameter, gradient: Tensor) -> Tensor | None:
+    """Add what one microbatch gives to the gradient of a weight, for products that cannot be
+    accumulated inside the GEMM; see `accumulate_product`.
+    """
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        return gradient
+    _add(main_grad, gradient)
+    _ready(weight)
+    return None
+
+
+@compiled
+def _add(total: Tensor, x: Tensor) -> None:
+    total.add_(x)
 
 
 def accumulate_rows(weight: nn.Parameter, rows: Tensor, values: Tensor) -> Tensor | None:
@@ -79,6 +106,7 @@ def accumulate_rows(weight: nn.Parameter, rows: Tensor, values: Tensor) -> Tenso
         wide = torch.promote_types(values.dtype, torch.float32)
         total = torch.zeros(weight.shape, dtype=wide, device=weight.device)
         return total.index_add_(0, rows, values.to(wide)).to(weight.dtype)
+    settle(weight)
     main_grad.index_add_(0, rows, values.to(main_grad.dtype))
     _ready(weight)
     return None
@@ -91,9 +119,36 @@ def accumulate_sum(bias: nn.Parameter, dy: Tensor) -> Tensor | None:
     main_grad: Tensor | None = getattr(bias, "main_grad", None)
     if main_grad is None:
         return dy.sum(0)
+    settle(bias)
     main_grad.add_(dy.sum(0, dtype=main_grad.dtype))
     _ready(bias)
     return None
+
+
+def expire(parameter: nn.Parameter) -> None:
+    """End the life of a gradient: stale if products make it, else zero. Nothing but the functions
+    of this module may add to a stale one.
+    """
+    loose: Any = parameter
+    if hasattr(parameter, "from_products"):
+        loose.stale = True
+    else:
+        loose.main_grad.zero_()
+
+
+def settle(parameter: nn.Parameter) -> None:
+    """Clear a gradient that is stale still, before something other than a product is added, or
+    where nothing came.
+    """
+    loose: Any = parameter
+    if _take_stale(parameter):
+        loose.main_grad.zero_()
+
+
+def _take_stale(parameter: nn.Parameter) -> bool:
+    loose: Any = parameter
+    stale, loose.stale = getattr(parameter, "stale", False), False
+    return stale
 
 
 def _ready(parameter: nn.Parameter) -> None:

@@ -64,7 +64,7 @@ class DataParallel(Protocol):
     """How gradients are summed over dp, and how updated parameters get back to all ranks.
 
     One step is `begin_step` before the first forward pass, `finish` after the last backward pass,
-    then for every region an update that leaves its `main_grad` zero and `publish`, and last `zero`.
+    then for every region an update and `publish`, and last `zero`.
     """
 
     parameters: dict[str, DeclaredParameter]
@@ -88,7 +88,7 @@ class DataParallel(Protocol):
         """
 
     def zero(self) -> None:
-        """Clear all gradients outside the regions, for the next step."""
+        """Make all gradients count as zero for the next step."""
 
     def wait_for_parameters(self) -> None:
         """Wait until all parameters are whole again, before they are read outside a forward pass

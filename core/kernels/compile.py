@@ -22,6 +22,11 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def has_triton_twin(x: Tensor) -> bool:
+    """Whether a hand-written kernel may take the place of a plain function: on CUDA, up to fp32."""
+    return x.is_cuda and x.dtype.itemsize <= torch.float32.itemsize
+
+
 def compiled(fn: Callable[P, R]) -> Callable[P, R]:
     """Compile `fn` for CUDA tensors; the first dimension of every tensor of two or more dimensions
     is dynamic.

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.kernels.compile import compiled, upcast
+from core.kernels.compile import compiled, has_triton_twin, upcast
 from core.parallel.collectives import all_reduce
 from core.parallel.context import Axis
 
@@ -40,28 +40,65 @@ def _masked(logits: Tensor, valid: int) -> Tensor:
     return torch.where(columns < valid, wide, -math.inf)
 
 
+def _row_statistics(logits: Tensor, valid: int, total: bool) -> Tensor:
+    if has_triton_twin(logits):
+        from core.kernels.triton_cross_entropy import row_statistics
+
+        return row_statistics(logits, valid, total)
+    return plain_row_statistics(logits, valid)
+
+
 @compiled
-def _row_max(logits: Tensor, valid: int) -> Tensor:
-    return _masked(logits, valid).amax(dim=-1)
+def plain_row_statistics(logits: Tensor, valid: int) -> Tensor:
+    """`[t, 3]` of each row's valid columns: the maximum, the sum of exp and the sum of the logits,
+    both less that maximum (less nothing where it is minus infinity).
+    """
+    masked = _masked(logits, valid)
+    highest = masked.amax(dim=-1)
+    shifted = masked - _finite(highest)[:, None]
+    tokens = torch.arange(logits.shape[-1], device=logits.device) < valid
+    total = torch.where(tokens, shifted, 0.0).sum(-1)
+    return torch.stack((highest, shifted.exp().sum(-1), total), dim=-1)
+
+
+def _finite(highest: Tensor) -> Tensor:
+    return torch.where(highest == -math.inf, 0.0, highest)
 
 
 @compiled
 def _partial_sums(
-    logits: Tensor, labels: Tensor, highest: Tensor, first: int, valid: int
+    logits: Tensor, labels: Tensor, statistics: Tensor, highest: Tensor, part: tuple[int, int]
 ) -> Tensor:
     """`[3, t]`: sum of exp, the label's logit where this rank has it, sum of logits, all less the
-    row's maximum.
+    row's maximum over the whole vocabulary.
+
+    statistics: `[t, 3]` of this rank's columns. part: first token and number of valid columns.
     """
-    shifted = _masked(logits, valid) - highest[:, None]
+    first, valid = part
+    own, sum_exp, total = statistics.unbind(-1)
     local = labels - first
     here = (local >= 0) & (local < valid)
-    target = shifted.gather(-1, torch.where(here, local, 0)[:, None])[:, 0]
-    total = torch.where(shifted == -math.inf, 0.0, shifted).sum(-1)
-    return torch.stack((shifted.exp().sum(-1), torch.where(here, target, 0.0), total))
+    target = upcast(logits.gather(-1, torch.where(here, local, 0)[:, None])[:, 0]) - highest
+    return torch.stack(
+        (
+            sum_exp * (own - highest).exp(),
+            torch.where(here, target, 0.0),
+            total + valid * (_finite(own) - highest),
+        )
+    )
+
+
+def _write_gradient(logits: Tensor, *rest: Any) -> None:
+    if has_triton_twin(logits):
+        from core.kernels.triton_cross_entropy import write_gradient
+
+        write_gradient(logits, *rest)
+    else:
+        plain_write_gradient(logits, *rest)
 
 
 @compiled
-def _write_gradient(
+def plain_write_gradient(
     logits: Tensor,
     labels: Tensor,
     statistics: Tensor,
@@ -91,8 +128,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, part: VocabSlice, label_smoothing: float
     ) -> Tensor:
-        highest = all_reduce(_row_max(logits, part.valid), part.axis, dist.ReduceOp.MAX)
-        sums = _partial_sums(logits, labels, highest, part.first, part.valid)
+        statistics = _row_statistics(logits, part.valid, label_smoothing != 0.0)
+        highest = all_reduce(statistics[:, 0].clone(), part.axis, dist.ReduceOp.MAX)
+        columns = part.first, part.valid
+        sums = _partial_sums(logits, labels, statistics, highest, columns)
         sum_exp, target, total = all_reduce(sums, part.axis)
         log_sum = sum_exp.log()
         ctx.save_for_backward(logits, labels, torch.stack((highest, log_sum), dim=-1))

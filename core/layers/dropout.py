@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from core.kernels.elementwise import add_bias, drop
+from core.layers.norm import fork, takes_sum
 from core.parallel.context import ParallelContext
 from core.parallel.random import DropoutKey, key_words
 
@@ -22,9 +23,13 @@ class Dropout(nn.Module):
         super().__init__()
         self.ctx, self.p, self.name = ctx, p, name
 
+    def is_on(self, key: DropoutKey | None) -> bool:
+        """Whether `forward` drops anything."""
+        return self.p > 0.0 and key is not None
+
     def forward(self, x: Tensor, key: DropoutKey | None) -> Tensor:
         """`[s, b, h]` (`[s / tp, b, h]` under sequence parallelism) to the same shape."""
-        if self.p == 0.0 or key is None:
+        if key is None or not self.is_on(key):
             return x
         s, b, _ = x.shape
         first, length = 0, s
@@ -50,7 +55,21 @@ class BiasDropoutAdd(nn.Module):
         """All of `[s, b, h]`, or of `[s / tp, b, h]` under sequence parallelism; bias `[h]` or
         None.
         """
-        if self.dropout.p == 0.0 or key is None:
+        if not self.dropout.is_on(key):
             flat = add_bias(x.flatten(0, 1), bias, residual.flatten(0, 1))
             return flat.view(residual.shape)
         return residual + self.dropout(x if bias is None else x + bias, key)
+
+    def and_norm(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        key: DropoutKey | None,
+        norm: nn.Module,
+    ) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, and its norm; a plain sum is left to a norm that takes it."""
+        if bias is None and not self.dropout.is_on(key) and takes_sum(norm):
+            total, normed = norm(residual, x, True)
+            return total, normed
+        return fork(norm, self(x, bias, residual, key))

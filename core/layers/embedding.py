@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from core.data_parallel.main_grad import accumulate_rows
 from core.errors import ConfigError
 from core.kernels.cross_entropy import VocabSlice
-from core.layers.linear import InputKind, parallel_linear
+from core.layers.linear import Kind, Plan, parallel_linear
 from core.parallel.collectives import reduce_from, reduce_scatter_sequence
 from core.parallel.placement import Placement
 from core.parallel.random import Init
@@ -180,16 +180,17 @@ class VocabParallelHead(nn.Module):
         `vocab_parallel_parameter`.
         """
         super().__init__()
-        self.kind: InputKind = "sequence" if place.ctx.sequence_parallel else "alike"
+        kind: Kind = "sequence" if place.ctx.sequence_parallel else "alike"
         if tied_to is None:
             self.weight, self.part = vocab_parallel_parameter(
                 self, place, vocab_size, hidden_size, init, across
             )
         else:
             self.weight, self.part = tied_to.weight, tied_to.part
+        self.plan = Plan(self.part.axis, kind, "own", overlap=place.ctx.tp_overlap)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[s, b, h]` (`[s / tp, b, h]` under sequence parallelism) to logits `[s, b, v]`, padding
         columns last.
         """
-        return parallel_linear(hidden, self.weight, None, self.part.axis, self.kind)
+        return parallel_linear(hidden, self.weight, None, self.plan)

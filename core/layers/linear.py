@@ -4,19 +4,19 @@ Legend: s sequence, b batch, i input width, o output width; s/tp under sequence 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.data_parallel.main_grad import accumulate_product, accumulate_sum, put_off
+from core.config.parallel import TpOverlap
+from core.data_parallel.main_grad import accumulate_sum, put_off
 from core.errors import ConfigError
+from core.layers.overlap import OVERLAPS, Product, gather, start_gather
+from core.layers.products import PLAIN, Cut, Factor, Products
 from core.parallel.collectives import (
-    all_gather_first,
-    reduce_from,
-    reduce_scatter_sequence,
-    start_all_gather_first,
+    all_reduce,
     start_all_reduce,
     start_reduce_scatter_first,
     wait,
@@ -33,14 +33,36 @@ from core.parallel.sharding import (
     whole_copy,
 )
 
-InputKind = Literal["alike", "sequence", "own"]
-"""What the input of a linear is over the axis. alike: the same on all ranks, so input gradients
-are all-reduced; sequence: a part of the sequence, gathered before and reduce-scattered in the
-backward pass; own: this rank's own."""
+Kind = Literal["alike", "sequence", "own"]
+"""What an input or an output is over the axis. alike: the same on all ranks; sequence: a part of
+the sequence; own: this rank's own features. An output that is not its own is the sum of what all
+ranks compute."""
+
+_CUTS: dict[Kind, Cut] = {"alike": "alike", "sequence": "rows", "own": "columns"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a linear layer runs."""
+
+    axis: Axis
+    """The tensor-parallel axis."""
+    x: Kind
+    """What the input is: gathered first if a part of the sequence."""
+    y: Kind
+    """What the output shall be."""
+    products: Products = PLAIN
+    overlap: TpOverlap = "none"
+    """How the sequence's communication is hidden."""
+
+    @property
+    def weight(self) -> Cut:
+        """How the weight is cut."""
+        return "columns" if self.x == "own" else "rows"
 
 
 class _Linear(torch.autograd.Function):
-    """`x W^T + b`, with the input's communication hidden behind the weight gradient's GEMM.
+    """`x W^T + b`, with the input's communication in the backward pass hidden behind GEMMs.
 
     Collectives are started asynchronously: they run on the communicator's own stream and the waits
     order streams, so no environment variable is needed to make them overlap.
@@ -52,78 +74,110 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: nn.Parameter,
         bias: nn.Parameter | None,
-        axis: Axis,
-        kind: InputKind,
+        plan: Plan,
+        training: bool,
     ) -> Tensor:
-        # The part of the sequence is kept, not the gathered whole: 1 / tp of the memory.
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.bias, ctx.axis, ctx.kind = weight, bias, axis, kind
-        whole = all_gather_first(x, axis) if kind == "sequence" else x
-        return F.linear(whole, weight, bias)
+        axis, products = plan.axis, plan.products
+        flat = x.detach().flatten(0, -2).contiguous()
+        keeps = training and weight.requires_grad
+        factor, kept = products.factors(flat, _CUTS[plan.x], axis, gradient=False, both=keeps)
+        ctx.weight, ctx.bias, ctx.plan = weight, bias, plan
+        if keeps:
+            # The part of the sequence is kept, not the gathered whole: 1 / tp of the memory.
+            ctx.save_for_backward(*kept.by_token, *kept.shared)
+            ctx.by_token = len(kept.by_token)
+        product = _prepared(plan, weight, bias, gradient=False)
+        if plan.x == "sequence":
+            y, _ = OVERLAPS[plan.overlap].of_gathered(factor, product, axis)
+        elif plan.y == "sequence":
+            y = OVERLAPS[plan.overlap].scattered(factor, product, axis)
+        else:
+            y = product(factor)
+            if plan.y == "alike":
+                all_reduce(y, axis)
+        return y.view(-1, *x.shape[1:-1], y.shape[-1])
 
     @staticmethod
     def backward(
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        dy, weight, bias, axis = grads[0].contiguous(), ctx.weight, ctx.bias, ctx.axis
-        (x,) = ctx.saved_tensors
+        weight, plan, axis, products = ctx.weight, ctx.plan, ctx.plan.axis, ctx.plan.products
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        flat = dy.flatten(0, -2)
-        if needs_weight and put_off(weight, _product(weight, flat, x.detach(), axis, ctx.kind)):
-            needs_weight = False
-        gathering, reducing = None, None
-        if ctx.kind == "sequence" and needs_weight:
-            x, gathering = start_all_gather_first(x, axis)
-        dx = None
-        if needs_x:
-            dx = dy @ weight
-            if ctx.kind == "alike":
-                reducing = start_all_reduce(dx, axis)
-            elif ctx.kind == "sequence":
-                dx, reducing = start_reduce_scatter_first(dx, axis)
-        wait(gathering)
-        dweight, dbias = None, None
+        flat = grads[0].flatten(0, -2).contiguous()
+        dy, dy_kept = products.factors(flat, _CUTS[plan.y], axis, gradient=True, both=needs_weight)
+        product = _prepared(plan, weight, None, gradient=True) if needs_x else None
+        dx, dweight, dbias, reducing = None, None, None, None
+        if plan.y == "sequence":
+            one = dy_kept is dy
+            if product is None:
+                dy = gather(dy, axis)
+            else:
+                dx, dy = OVERLAPS[plan.overlap].of_gathered(dy, product, axis)
+            if needs_weight:
+                dy_kept = dy if one else gather(dy_kept, axis)
+        x, gathering = None, []
         if needs_weight:
-            dweight = accumulate_product(weight, flat, x.flatten(0, -2))
+            saved = ctx.saved_tensors
+            x = Factor(saved[: ctx.by_token], saved[ctx.by_token :])
+            if put_off(weight, _later(plan, weight, dy_kept, x)):
+                needs_weight = False
+            elif plan.x == "sequence":
+                x, gathering = start_gather(x, axis)
+        if product is not None and dx is None:
+            dx = product(dy)
+            if plan.x == "alike":
+                reducing = start_all_reduce(dx, axis)
+            elif plan.x == "sequence":
+                dx, reducing = start_reduce_scatter_first(dx, axis)
+        for work in gathering:
+            wait(work)
+        if needs_weight:
+            dweight = products.weight_gradient(weight, dy_kept, x)
         if needs_bias:
-            dbias = accumulate_sum(bias, flat)
+            dbias = accumulate_sum(ctx.bias, flat)
         wait(reducing)
+        if dx is not None:
+            dx = dx.view(-1, *grads[0].shape[1:-1], dx.shape[-1])
         return dx, dweight, dbias, None, None
 
 
-def _product(
-    weight: nn.Parameter, dy: Tensor, x: Tensor, axis: Axis, kind: InputKind
-) -> Callable[[], None]:
+def _prepared(plan: Plan, weight: nn.Parameter, bias: Tensor | None, *, gradient: bool) -> Product:
+    made = plan.products.weight(weight, plan.weight, plan.axis)
+    width = weight.shape[1 if gradient else 0]
+    return Product(plan.products, made, gradient, width, weight.dtype, bias)
+
+
+def _later(plan: Plan, weight: nn.Parameter, dy: Factor, x: Factor) -> Callable[[], None]:
     """A weight gradient to be computed later, which gathers its input only then; it must not hold
     the graph.
     """
 
     def compute() -> None:
-        whole = all_gather_first(x, axis) if kind == "sequence" else x
-        accumulate_product(weight, dy, whole.flatten(0, -2))
+        whole = gather(x, plan.axis) if plan.x == "sequence" else x
+        plan.products.weight_gradient(weight, dy, whole)
 
     return compute
 
 
 def parallel_linear(
-    x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, axis: Axis, kind: InputKind
+    x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, plan: Plan
 ) -> Tensor:
-    """`x W^T + b` where the weight is this rank's part of the output features.
+    """`x W^T + b` with this rank's part of the weight.
 
-    Communicates in the forward pass (all-gather, kind `sequence`) and the backward pass
-    (all-gather and reduce-scatter, or all-reduce for kind `alike`).
+    Communicates in the forward pass (all-gather of an input that is cut by sequence, reduce-scatter
+    or all-reduce of an output that is a sum) and in the backward pass (the transposes of these, the
+    input's all-gather once more, and the all-reduce of the gradient of an input that is alike).
 
     Args:
-        x: `[s, b, i]`, or `[s / tp, b, i]` for kind `sequence`.
-        weight: `[o / tp, i]`.
-        bias: `[o / tp]`.
-        axis: the tensor-parallel axis.
-        kind: what the input is over that axis.
+        x: `[s, b, i]`, `[s / tp, b, i]` or `[s, b, i / tp]`, as the plan says.
+        weight: `[o / tp, i]`, or `[o, i / tp]` where the input is this rank's own.
+        bias: `[o / tp]`, for outputs that are this rank's own.
+        plan: what input and output are, and how they are multiplied.
 
     Returns:
-        `[s, b, o / tp]`.
+        `[s, b, o / tp]`, `[s / tp, b, o]` or `[s, b, o]`.
     """
-    return _Linear.apply(x, weight, bias, axis, kind)
+    return _Linear.apply(x, weight, bias, plan, torch.is_grad_enabled())
 
 
 class ColumnParallelLinear(nn.Module):
@@ -142,6 +196,7 @@ class ColumnParallelLinear(nn.Module):
         init: Init,
         bias: bool = False,
         skip_bias_add: bool = False,
+        products: Products = PLAIN,
     ) -> None:
         """Make the weight `[sum of blocks / tp, in_features]` and the bias.
 
@@ -153,15 +208,18 @@ class ColumnParallelLinear(nn.Module):
             bias: whether there is one.
             skip_bias_add: leave the bias out, for the caller to add `self.bias` in a fused
                 function.
+            products: in which format to multiply.
 
         Raises:
             ConfigError: a block cannot be divided over tp.
         """
         super().__init__()
-        self.axis = place.ctx.tp
-        self.kind: InputKind = "sequence" if place.ctx.sequence_parallel else "alike"
+        axis = place.ctx.tp
+        products.check(place.ctx.device)
+        kind: Kind = "sequence" if place.ctx.sequence_parallel else "alike"
+        self.plan = Plan(axis, kind, "own", products, place.ctx.tp_overlap)
         self.skip_bias_add = skip_bias_add
-        rank, size = self.axis.rank, self.axis.size
+        rank, size = axis.rank, axis.size
         total = sum(block.rows for block in blocks)
         rows, copies = split_blocks(blocks, rank, size, other=(in_features,))
         self.weight = declare_parameter(
@@ -190,7 +248,7 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[s, b, i]` (`[s / tp, b, i]` under sequence parallelism) to `[s, b, o / tp]`."""
         bias = None if self.skip_bias_add else self.bias
-        return parallel_linear(x, self.weight, bias, self.axis, self.kind)
+        return parallel_linear(x, self.weight, bias, self.plan)
 
 
 class RowParallelLinear(nn.Module):
@@ -205,6 +263,7 @@ class RowParallelLinear(nn.Module):
         init: Init,
         bias: bool = False,
         skip_bias_add: bool = False,
+        products: Products = PLAIN,
     ) -> None:
         """Make the weight `[out_features, in_block / tp]` and the bias, which every rank holds
         whole.
@@ -217,22 +276,25 @@ class RowParallelLinear(nn.Module):
             bias: whether there is one; it is added once, after the sum.
             skip_bias_add: leave the bias out, for the caller to add `self.bias` in a fused
                 function.
+            products: in which format to multiply.
 
         Raises:
             ConfigError: the input features cannot be divided over tp.
         """
         super().__init__()
-        self.axis = place.ctx.tp
-        self.sequence_parallel = place.ctx.sequence_parallel
+        axis, sequence_parallel = place.ctx.tp, place.ctx.sequence_parallel
+        products.check(place.ctx.device)
+        kind: Kind = "sequence" if sequence_parallel else "alike"
+        self.plan = Plan(axis, "own", kind, products, place.ctx.tp_overlap)
         self.skip_bias_add = skip_bias_add
-        if in_block.count % self.axis.size:
+        if in_block.count % axis.size:
             # Fewer units than ranks would be held by several, and the sum would count them again.
             raise ConfigError(
                 f"{in_block.count} input units cannot be divided over tensor parallel size "
-                f"{self.axis.size}: choose a --parallel.tp that divides {in_block.count}"
+                f"{axis.size}: choose a --parallel.tp that divides {in_block.count}"
             )
         columns, copies = split_blocks(
-            [in_block], self.axis.rank, self.axis.size, dim=1, other=(out_features,)
+            [in_block], axis.rank, axis.size, dim=1, other=(out_features,)
         )
         self.weight = declare_parameter(
             self,
@@ -245,7 +307,7 @@ class RowParallelLinear(nn.Module):
         self.bias: nn.Parameter | None
         if bias:
             # Under sequence parallelism each rank adds the bias to its own part of the sequence.
-            grad: GradKind = "partial" if self.sequence_parallel else "same"
+            grad: GradKind = "partial" if sequence_parallel else "same"
             shape = (out_features,)
             self.bias = declare_parameter(
                 self,
@@ -262,6 +324,5 @@ class RowParallelLinear(nn.Module):
         """`[s, b, i / tp]` to `[s, b, o]` (all-reduce) or `[s / tp, b, o]` (reduce-scatter,
         sequence parallel).
         """
-        y = parallel_linear(x, self.weight, None, self.axis, "own")
-        y = (reduce_scatter_sequence if self.sequence_parallel else reduce_from)(y, self.axis)
+        y = parallel_linear(x, self.weight, None, self.plan)
         return y if self.bias is None or self.skip_bias_add else y + self.bias

@@ -6,9 +6,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from core.kernels.elementwise import layer_norm, rms_norm
+from core.kernels.elementwise import add_rms_norm, layer_norm, rms_norm
 from core.parallel.placement import Placement
 from core.parallel.random import ONES, ZEROS, Init
+from core.parallel.recompute import is_recomputed
 from core.parallel.sharding import Declaration, GradKind, declare_parameter, whole_copy
 
 
@@ -45,8 +46,12 @@ class RMSNorm(_Norm):
     PARAMETERS = (("weight", ONES),)
     weight: nn.Parameter
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., h]` to the same shape."""
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, fork: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`[..., h]` to the same shape; with `fork`, `x + branch` (or `x`) and the norm of that."""
+        if fork:
+            return add_rms_norm(x, branch, self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -60,3 +65,19 @@ class LayerNorm(_Norm):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., h]` to the same shape."""
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def takes_sum(norm: nn.Module) -> bool:
+    """Whether `norm(hidden, branch, True)` is right and worth while."""
+    # Recompute would keep both summands for a norm that needs their sum alone.
+    return isinstance(norm, RMSNorm) and not is_recomputed(norm)
+
+
+def fork(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states to go on with, and their norm. Where the norm can, the gradients of both meet
+    in one pass over memory.
+    """
+    if isinstance(norm, RMSNorm):
+        same, normed = norm(hidden, None, True)
+        return same, normed
+    return hidden, norm(hidden)

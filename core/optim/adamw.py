@@ -103,8 +103,7 @@ class AdamW:
         apply: Tensor,
         updated: Callable[[int], object] = lambda index: None,
     ) -> None:
-        """Update all parameters and clear the gradients; the host does not wait and no number
-        causes a recompilation.
+        """Update all parameters; the host does not wait and no number causes a recompilation.
 
         Args:
             lr: learning rate.
@@ -171,8 +170,6 @@ class AdamW:
                     apply,
                     place,
                 )
-        # Not in the kernel: the compiler makes another of it, and padding may be in no rows.
-        region.main_grad.zero_()
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,10 @@ from torch import Tensor
 
 from core.data_parallel.regions import Fragment, Region
 from core.errors import TrainingError
-from core.kernels.compile import compiled
+from core.kernels.reduction import sum_of_squares
 from core.parallel.collectives import all_reduce
 from core.parallel.context import Axis, ParallelContext
 from core.parallel.sharding import Box, BoxCopy, DeclaredParameter, GradKind, local_boxes
-
-_ROW = 128
-_CPU_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,9 +199,7 @@ class ReplicaGradients:
         Returns:
             0-dim fp64 tensor, the same on all these ranks.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for part in self._owned:
-            total += _squares(part)
+        total = sum_of_squares(self._owned).to(self._device)
         return all_reduce(total, self._counted).sqrt()
 
 
@@ -240,26 +235,6 @@ def _flat_span(fragment: Fragment, local: Box) -> tuple[int, int] | None:
     stop = first + local.numel
     ends = stop == fragment.numel
     return fragment.start + first, fragment.end if ends else fragment.start + stop
-
-
-def _squares(x: Tensor) -> Tensor:
-    """Sum of squares in fp64, without an fp64 copy of `x`.
-
-    `torch.linalg.vector_norm(x, dtype=torch.float64)` makes that copy.
-    """
-    if x.is_cuda:
-        # The compiled graph fits every number of rows.
-        return sum_of_squares(x.view(-1, math.gcd(x.numel(), _ROW)) if x.dim() == 1 else x)
-    total = torch.zeros((), dtype=torch.float64)
-    for part in x.reshape(-1).split(_CPU_CHUNK):
-        total += sum_of_squares(part)
-    return total
-
-
-@compiled
-def sum_of_squares(x: Tensor) -> Tensor:
-    """Sum of squares of all elements, in fp64."""
-    return x.double().square().sum()
 
 
 # ---- Debugging -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
-from core.config.parallel import ParallelConfig
+from core.config.parallel import ParallelConfig, TpOverlap
 from core.errors import ConfigError
 from core.parallel.rendezvous import Rendezvous, meet
 
@@ -53,16 +53,19 @@ class ParallelContext:
     device: torch.device
     sequence_parallel: bool = False
     """Activations between tensor-parallel regions are cut along the sequence over tp."""
+    tp_overlap: TpOverlap = "none"
+    """How communication over tp is hidden."""
     _groups: dict[tuple[int, ...], dist.ProcessGroup | None] = field(
         default_factory=dict, repr=False, compare=False
     )
     """Groups by their ranks, those of other processes too; None or no group where this is not in
     it."""
     _timeout: timedelta | None = field(default=None, repr=False, compare=False)
-    _channels: dict[tuple[int, int], dist.ProcessGroup] = field(
+    _channels: dict[tuple[int, int], dist.ProcessGroup | None] = field(
         default_factory=dict, repr=False, compare=False
     )
-    """Of this rank, by the two places on pp: messages go from the first to the second."""
+    """By the two places on pp: messages go from the first to the second. None where this rank is in
+    neither."""
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "ParallelContext":
@@ -113,7 +116,11 @@ class ParallelContext:
             for group in {id(one): one for one in known.values() if one is not None}.values():
                 set_timeout(timeout, group)
         context = cls(
-            tp, dp_axis, pp, world, world, device, config.sequence_parallel, known, timeout
+            *(tp, dp_axis, pp, world, world, device),
+            sequence_parallel=config.sequence_parallel,
+            tp_overlap=config.tp_overlap,
+            _groups=known,
+            _timeout=timeout,
         )
         if dp == 1:
             return context
@@ -147,20 +154,24 @@ class ParallelContext:
         self, edges: Sequence[tuple[int, int]]
     ) -> dict[tuple[int, int], dist.ProcessGroup]:
         """A communicator for each of these pairs of places on pp, at every place on the other axes;
-        collective over all ranks, which pass the same list.
+        collective over all ranks, which pass the same list. They are remembered, as groups are.
 
         Returns:
             Those that this rank is in. Two pairs never share one, (0, 1) and (1, 0) neither.
         """
         places = self.world.size // self.pp.size
         for source, target in edges:
+            if (source, target) in self._channels:
+                continue
+            self._channels[source, target] = None
             for place in range(places):
                 # pp is the outermost axis.
                 ranks = (source * places + place, target * places + place)
                 group = dist.new_group(list(ranks), timeout=self._timeout)
                 if self.world.rank in ranks:
                     self._channels[source, target] = group
-        return {edge: self._channels[edge] for edge in edges if self.pp.rank in edge}
+        own = {edge: self._channels[edge] for edge in edges}
+        return {edge: group for edge, group in own.items() if group is not None}
 
     def describe_groups(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """This rank's groups: torch's name of each, to what a person calls it and its ranks."""
@@ -173,6 +184,8 @@ class ParallelContext:
             if axis.group is not None:
                 found[axis.group.group_name] = (axis.name, axis.ranks)
         for (source, target), channel in self._channels.items():
+            if channel is None:
+                continue
             ranks = (self.pp.ranks[source], self.pp.ranks[target])
             found[channel.group_name] = (f"pp from stage {source} to {target}", ranks)
         return found

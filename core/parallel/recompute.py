@@ -25,8 +25,14 @@ def recompute_module(module: nn.Module) -> None:
     name in the tree.
     """
     forward = module.forward
+    loose: Any = module
 
     def call(*args: Any) -> Any:
         return recomputed(forward, *args) if module.training else forward(*args)
 
-    module.forward = call
+    loose.forward, loose.recomputes = call, True
+
+
+def is_recomputed(module: nn.Module) -> bool:
+    """Whether `recompute_module` has been applied."""
+    return hasattr(module, "recomputes")

@@ -16,7 +16,7 @@ from core.pipeline.layout import Layout, balanced, expand_layout, parse_layout
 from core.pipeline.schedules import SCHEDULES, make_schedule, stage_map_for
 from core.pipeline.simulate import Costs, Simulation, Timeline, bubble_of, simulate, span_of
 from core.pipeline.stage_map import StageMap
-from core.pipeline.trace import first_deviation, measured_work, read_trace
+from core.pipeline.trace import first_deviation, measured_transfer, measured_work, read_trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,9 @@ class Show:
     costs: str | None = None
     """Times of forward, input gradient and weight gradient, such as 1,1,1: of a layer if there is a
     layout, else of a piece. By default 1,1,1, or what was measured with --from-trace."""
-    transfer: float = 0.0
-    """Time of a message between two stages."""
+    transfer: float | None = None
+    """Time of a message between two stages. By default 0, or what was measured with
+    --from-trace."""
     layout: str | None = None
     """Parts of each piece, such as 'E t*3|t*3|t*2|L'. L is head and loss, the embedding E takes no
     time, every other letter is a layer."""
@@ -66,15 +67,19 @@ class Show:
             trainable=layout.trainable if layout else None,
         )
         measured = read_trace(self.from_trace, schedule) if self.from_trace else None
+        work: tuple[Work, ...] | Work
+        transfer = self.transfer or 0.0
         if measured and self.costs is None:
-            work: tuple[Work, ...] | Work = measured_work(measured, schedule)
+            work = measured_work(measured, schedule)
+            if self.transfer is None:
+                transfer = measured_transfer(measured, schedule)
         elif layout:
             work = layout.work
         else:
             work = self._layer_work()
-        if not 0 <= self.transfer < math.inf:
-            raise ConfigError(f"--transfer is {self.transfer}: it must be finite and at least 0")
-        result = simulate(schedule, Costs(work=work, transfer=self.transfer))
+        if not 0 <= transfer < math.inf:
+            raise ConfigError(f"--transfer is {transfer}: it must be finite and at least 0")
+        result = simulate(schedule, Costs(work=work, transfer=transfer))
         timelines = {f"{self.schedule}, simulated": result.timeline}
         if measured:
             timelines[f"{self.schedule}, measured in ms"] = measured

@@ -2,7 +2,9 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
+from statistics import median
 from types import MappingProxyType
 
 from core.errors import ConfigError
@@ -20,12 +22,23 @@ LETTERS: Mapping[Kind, str] = MappingProxyType(
 """The letter of each kind; small letters stand for odd chunks."""
 _COLOURS: Mapping[Kind, str] = MappingProxyType(
     {
-        Kind.FORWARD: "#4C78C8",
-        Kind.BACKWARD: "#3FA66B",
-        Kind.BACKWARD_INPUT: "#7CCBA2",
-        Kind.BACKWARD_WEIGHT: "#E3A33B",
+        Kind.FORWARD: "#6C9BE8",
+        Kind.BACKWARD: "#4DB380",
+        Kind.BACKWARD_INPUT: "#4DB380",
+        Kind.BACKWARD_WEIGHT: "#F0B34A",
     }
 )
+_MEANING: Mapping[Kind, str] = MappingProxyType(
+    {
+        Kind.FORWARD: "F: forward",
+        Kind.BACKWARD: "B: backward",
+        Kind.BACKWARD_INPUT: "B: gradient of inputs",
+        Kind.BACKWARD_WEIGHT: "W: gradient of weights",
+    }
+)
+_IDLE = "#E4E4E4"
+_WIDTH = 735.0
+"""Points from left to right within a timeline; a letter takes 0.62 of its size."""
 
 
 def text_timeline(timeline: Timeline, width: int) -> str:
@@ -82,24 +95,42 @@ def picture(path: Path, timelines: Mapping[str, Timeline]) -> None:
 
     longest = max(end - start for start, end in map(span_of, timelines.values()))
     rows = sum(map(len, timelines.values()))
-    figure = Figure(figsize=(16, 1.2 * len(timelines) + 0.45 * rows), layout="constrained")
+    # At this width and density a page as wide as a README shows it at half of its size.
+    figure = Figure(figsize=(11, 1.0 + 0.75 * len(timelines) + 0.42 * rows), layout="constrained")
     axes = figure.subplots(
         len(timelines), squeeze=False, height_ratios=[len(t) + 1 for t in timelines.values()]
     )
-    kinds: dict[Kind, None] = {}
+    kinds: set[Kind] = set()
+    chunks = 1
     for axis, (title, timeline) in zip(axes[:, 0], timelines.items(), strict=True):
-        kinds |= dict.fromkeys(entry.action.kind for entries in timeline for entry in entries)
+        actions = [entry.action for entries in timeline for entry in entries]
+        kinds |= {action.kind for action in actions}
+        chunks = max(chunks, 1 + max(action.chunk for action in actions))
         _draw(axis, timeline, longest)
-        axis.set_title(f"{title}: bubble {bubble_of(timeline):.1%}", loc="left", fontsize=10)
+        microbatches = 1 + max(action.microbatch for action in actions)
+        axis.set_title(
+            f"{title}: {len(timeline)} stages, {microbatches} microbatches, "
+            f"idle {bubble_of(timeline):.1%} of the time",
+            loc="left",
+            fontsize=13,
+        )
         axis.set_xlim(0, longest)
+    handles = [Patch(color=_COLOURS[kind], label=_MEANING[kind]) for kind in Kind if kind in kinds]
+    handles.append(Patch(color=_IDLE, label="idle"))
+    notes = "time from left to right; number: microbatch" + (
+        "; pale: a stage's later chunks" if chunks > 1 else ""
+    )
     figure.legend(
-        handles=[Patch(color=_COLOURS[kind], label=str(kind)) for kind in Kind if kind in kinds],
+        handles=handles,
+        title=notes,
         loc="outside lower center",
-        ncols=4,
+        ncols=len(handles),
         frameon=False,
+        fontsize=12,
+        title_fontsize=11,
     )
     try:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=130)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--out {path} cannot be written: {reason}") from error
@@ -110,30 +141,45 @@ def _draw(axis: "object", timeline: Timeline, longest: float) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(axis, Axes)
-    zero, _ = span_of(timeline)
-    chunks = 1 + max(entry.action.chunk for entries in timeline for entry in entries)
+    zero, last = span_of(timeline)
+    everything = list(chain.from_iterable(timeline))
+    chunks = 1 + max(entry.action.chunk for entry in everything)
+    # One size for all numbers, and turned where the longest would not fit into most actions.
+    digits = max(len(str(entry.action.microbatch)) for entry in everything)
+    usual = _WIDTH * median(entry.end - entry.start for entry in everything) / longest
+    rotated = usual < 6.0 * 0.62 * digits
+    size = min(9.0, 0.95 * usual if rotated else usual / (0.62 * digits))
     for stage, entries in enumerate(timeline):
+        axis.barh(stage, last - zero, height=0.9, color=_IDLE)
         for (kind, chunk, microbatch), start, end in entries:
             axis.barh(
                 stage,
                 end - start,
                 left=start - zero,
                 height=0.9,
-                color=_COLOURS[kind],
-                alpha=1.0 - 0.55 * chunk / chunks,
+                color=_paler(_COLOURS[kind], 0.6 * chunk / chunks),
                 edgecolor="white",
-                linewidth=0.4,
+                linewidth=0.5,
             )
-            # Numbers where they fit: about 260 characters cover the width.
-            if (end - start) * 260 > longest * len(str(microbatch)):
+            label, width = str(microbatch), _WIDTH * (end - start) / longest
+            if size >= 4.0 and width >= size * (1.0 if rotated else 0.62 * len(label)):
                 axis.text(
                     (start + end) / 2 - zero,
                     stage,
-                    str(microbatch),
+                    label,
                     ha="center",
-                    va="center",
-                    fontsize=6,
+                    va="center" if rotated else "center_baseline",
+                    fontsize=size,
+                    rotation=90 if rotated else 0,
                 )
-    axis.set_yticks(range(len(timeline)), [f"stage {stage}" for stage in range(len(timeline))])
+    axis.set_yticks(
+        range(len(timeline)), [f"stage {stage}" for stage in range(len(timeline))], fontsize=11
+    )
+    axis.tick_params(left=False)
     axis.invert_yaxis()
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _paler(colour: str, share: float) -> tuple[float, ...]:
+    """A colour mixed with white."""
+    return tuple((x + (255 - x) * share) / 255 for x in bytes.fromhex(colour[1:]))

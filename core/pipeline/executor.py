@@ -3,6 +3,7 @@ deadlock, is the schedule's matter alone; one stage without neighbours is run in
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,9 @@ from core.pipeline.schedules import Action, Kind, Schedule
 Forward = Callable[[int, int, Payload], Payload | Tensor]
 """Chunk, microbatch and what the piece before has sent, to what the next piece gets; in the last
 piece to the loss, a scalar that the backward pass starts from."""
+
+Watch = Callable[[Action], AbstractContextManager[object]]
+"""What an action is run inside, once its message has come: measures when it ran."""
 
 
 @dataclass
@@ -34,15 +38,23 @@ class _Live:
 class Executor:
     """One run of a schedule on one stage."""
 
-    def __init__(self, schedule: Schedule, wires: Wires, deferred: DeferredProducts) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        wires: Wires,
+        deferred: DeferredProducts,
+        watch: Watch = nullcontext,
+    ) -> None:
         """Prepare a run, and post its first receives.
 
         Args:
             schedule: of all stages.
             wires: how they are connected.
             deferred: where products go that make weight gradients, if the schedule puts them off.
+            watch: what every action is run inside.
         """
         self._schedule, self._stage, self._deferred = schedule, wires.stage, deferred
+        self._watch = watch
         self._mail = Mailbox(schedule, wires)
         where = schedule.stage_map
         pieces = [where.piece(wires.stage, chunk) for chunk in range(where.chunks)]
@@ -57,18 +69,24 @@ class Executor:
         Communication: this stage's messages, and what `forward` and its backward pass do.
         """
         for action in self._schedule.actions[self._stage]:
-            match action.kind:
-                case Kind.FORWARD:
-                    self._forward(action, forward)
-                case Kind.BACKWARD:
-                    self._backward(action)
-                case Kind.BACKWARD_INPUT:
-                    with self._deferred.collect() as products:
-                        self._backward(action)
-                    self._products[action.chunk, action.microbatch] = products
-                case Kind.BACKWARD_WEIGHT:
-                    self._run_products(self._products.pop((action.chunk, action.microbatch)))
+            needed = self._schedule.needs(self._stage, action)
+            received = {} if needed is None else self._mail.take(needed)
+            with self._watch(action):
+                self._run_action(action, received, forward)
         self._mail.close()
+
+    def _run_action(self, action: Action, received: Payload, forward: Forward) -> None:
+        match action.kind:
+            case Kind.FORWARD:
+                self._forward(action, received, forward)
+            case Kind.BACKWARD:
+                self._backward(action, received)
+            case Kind.BACKWARD_INPUT:
+                with self._deferred.collect() as products:
+                    self._backward(action, received)
+                self._products[action.chunk, action.microbatch] = products
+            case Kind.BACKWARD_WEIGHT:
+                self._run_products(self._products.pop((action.chunk, action.microbatch)))
 
     @torch.no_grad()
     def _run_products(self, products: list[Callable[[], None]]) -> None:
@@ -77,9 +95,7 @@ class Executor:
         while products:
             products.pop()()
 
-    def _forward(self, action: Action, forward: Forward) -> None:
-        needed = self._schedule.needs(self._stage, action)
-        received = {} if needed is None else self._mail.take(needed)
+    def _forward(self, action: Action, received: Payload, forward: Forward) -> None:
         if self._sends_gradient[action.chunk]:
             received = {n: x.detach().requires_grad_() for n, x in received.items()}
         result = forward(action.chunk, action.microbatch, received)
@@ -95,14 +111,10 @@ class Executor:
         if made is not None:
             self._mail.put(made, {name: output.detach() for name, output in outputs.items()})
 
-    def _backward(self, action: Action) -> None:
+    def _backward(self, action: Action, gradients: Payload) -> None:
         live = self._live.pop((action.chunk, action.microbatch))
-        needed = self._schedule.needs(self._stage, action)
         if live.loss is not None:
-            gradients: Payload = {"loss": torch.ones_like(live.loss)}
-        else:
-            assert needed is not None
-            gradients = self._mail.take(needed)
+            gradients = {"loss": torch.ones_like(live.loss)}
         torch.autograd.backward(live.roots, [gradients[name] for name in live.outputs])
         made = self._schedule.makes(self._stage, action)
         if made is not None:

@@ -17,10 +17,8 @@ from torch import Tensor
 
 from core.parallel.context import ParallelContext
 from core.pipeline.schedules import Edge, Message, Schedule
+from core.pipeline.simulate import RECEIVE_SLOTS
 from core.pipeline.stage_map import StageMap
-
-RECEIVE_SLOTS = 2
-"""Received messages that may wait for their use, per edge."""
 
 Payload = Mapping[str, Tensor]
 """What passes from a piece to the next, by name."""

@@ -24,6 +24,9 @@ from core.errors import ConfigError
 from core.pipeline.costs import Work
 from core.pipeline.schedules import Action, Edge, Kind, Message, Schedule
 
+RECEIVE_SLOTS = 2
+"""Received messages that may wait for their use, per edge, in the executor."""
+
 EQUAL_WORK = Work(1.0, 1.0, 1.0)
 """Forward, input gradient and weight gradient take equally long."""
 
@@ -38,6 +41,11 @@ class Costs:
     """Time that a message takes on its channel."""
     activation_bytes: tuple[int, ...] | int = 0
     """What each piece keeps for its backward pass, per microbatch; one for all alike."""
+    product_bytes: tuple[int, ...] | int | None = None
+    """What each piece keeps from the input gradient to the weight gradient, where these are apart;
+    None: all of the activations."""
+    working_bytes: tuple[int, ...] | int = 0
+    """The most that a backward pass of each piece holds beside the activations of all."""
     message_bytes: int = 0
     """Size of one message."""
     receive_slots: int | None = None
@@ -56,10 +64,12 @@ class Costs:
             case Kind.BACKWARD_WEIGHT:
                 return work.backward_weight
 
-    def bytes_of(self, piece: int) -> int:
-        """What a piece keeps for a microbatch."""
-        size = self.activation_bytes
-        return size if isinstance(size, int) else size[piece]
+    def bytes_of(self, piece: int) -> tuple[int, int, int]:
+        """Activations, products and working memory of a piece for a microbatch."""
+        products = self.activation_bytes if self.product_bytes is None else self.product_bytes
+        sizes = (self.activation_bytes, products, self.working_bytes)
+        first, second, third = (x if isinstance(x, int) else x[piece] for x in sizes)
+        return first, second, third
 
     def check(self, pieces: int) -> None:
         """Check that there is a value for each piece.
@@ -67,7 +77,7 @@ class Costs:
         Raises:
             ConfigError: too many or too few, or no receive slot.
         """
-        for name in ("work", "activation_bytes"):
+        for name in ("work", "activation_bytes", "product_bytes", "working_bytes"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != pieces:
                 raise ConfigError(
@@ -120,7 +130,7 @@ class Simulation:
     """For every stage, the most microbatches times pieces whose activations it kept at a time: from
     the start of the forward pass to the end of the last backward action."""
     peak_bytes: tuple[int, ...]
-    """The same in bytes."""
+    """The same in bytes, with what the backward passes hold beside."""
     peak_messages: Mapping[Edge, int]
     """For every edge, the most messages that were made and not yet used at a time."""
     message_bytes: int
@@ -336,11 +346,19 @@ def _peak_live(schedule: Schedule, costs: Costs, stage: int) -> tuple[int, int]:
     """The most activations that a stage keeps at a time: how many, and their bytes."""
     last = {(a.chunk, a.microbatch): a.kind for a in schedule.actions[stage]}
     count = size = most = largest = 0
+    kept: dict[tuple[int, int], int] = {}
     for kind, chunk, microbatch in schedule.actions[stage]:
-        one = costs.bytes_of(schedule.stage_map.piece(stage, chunk))
+        piece = schedule.stage_map.piece(stage, chunk)
+        activations, products, working = costs.bytes_of(piece)
         if kind == Kind.FORWARD:
-            count, size = count + 1, size + one
+            kept[chunk, microbatch] = activations
+            count, size = count + 1, size + activations
             most, largest = max(most, count), max(largest, size)
+        elif kind != Kind.BACKWARD_WEIGHT:
+            largest = max(largest, size + working)
         if kind == last[chunk, microbatch]:
-            count, size = count - 1, size - one
+            count, size = count - 1, size - kept[chunk, microbatch]
+        elif kind == Kind.BACKWARD_INPUT:
+            size += products - kept[chunk, microbatch]
+            kept[chunk, microbatch] = products
     return most, largest

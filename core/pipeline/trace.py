@@ -23,7 +23,7 @@ from typing import Any
 
 from core.errors import DataError
 from core.pipeline.costs import Work
-from core.pipeline.schedules import Action, Kind, Schedule
+from core.pipeline.schedules import Action, Kind, Message, Schedule
 from core.pipeline.simulate import Timed, Timeline
 
 
@@ -148,3 +148,26 @@ def measured_work(timeline: Timeline, schedule: Schedule) -> tuple[Work, ...]:
         )
         for piece in range(schedule.stage_map.pieces)
     )
+
+
+def measured_transfer(timeline: Timeline, schedule: Schedule) -> float:
+    """How long a message takes: the median time from the action that makes one to the action that
+    was waiting for it; 0 if none ever waited.
+    """
+    made: dict[Message, tuple[int, float]] = {}
+    for stage, entries in enumerate(timeline):
+        for action, _, end in entries:
+            if message := schedule.makes(stage, action):
+                made[message] = stage, end
+    waits = []
+    for stage, entries in enumerate(timeline):
+        free = -math.inf
+        for action, start, end in entries:
+            needed = schedule.needs(stage, action)
+            if needed is not None:
+                source, ready = made[needed]
+                if source != stage and free < ready:
+                    # Clocks of two stages are the same but for some microseconds.
+                    waits.append(max(0.0, start - ready))
+            free = end
+    return median(waits) if waits else 0.0

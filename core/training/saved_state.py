@@ -65,9 +65,11 @@ def load_state(reader: CheckpointReader, states: Iterable[ParameterState]) -> No
     for saved in saved_state(states):
         kind, name = saved.name.removeprefix("optim/").split("/", 1)
         as_parameter = dataclasses.replace(saved, name=model_key(name))
-        if kind == "master":
+        if saved.name in reader.tensors:
+            alike.append(saved)
+        elif kind == "master":
             _read_exact(reader, as_parameter)
-        elif kind == "master_remainder" and saved.name not in reader.tensors:
+        elif kind == "master_remainder":
             exact = torch.zeros_like(saved.tensor, dtype=torch.float32)
             _read_exact(reader, dataclasses.replace(as_parameter, tensor=exact))
             saved.tensor.copy_(split_master(exact)[1])

@@ -3,6 +3,7 @@ losses out. One stage is a pipeline too.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -18,9 +19,10 @@ from core.parallel.context import ParallelContext
 from core.parallel.random import DropoutKey
 from core.parallel.sharding import declared_parameters, tie_chunks
 from core.pipeline.chosen import chosen_layout
-from core.pipeline.executor import Executor
+from core.pipeline.executor import Executor, Watch
 from core.pipeline.p2p import Payload, Wires
 from core.pipeline.schedules import Schedule, make_schedule
+from core.training.step_trace import StepTrace
 from core.training.task import LossOutput, TrainTask
 
 
@@ -62,11 +64,17 @@ class StagedModel:
             for piece in range(1, where.pieces)
         ]
         self._wires = Wires.connect(where, ctx, shapes, dtype)
-        self._schedule = cache(self._make_schedule)
+        self.schedule = cache(self._make_schedule)
+        """The schedule of a training step, by its number of microbatches."""
         self._metrics: tuple[str, ...] | None = None
 
     def train(
-        self, batches: Sequence[Any], weights: Mapping[str, Tensor], seed: int, step: int
+        self,
+        batches: Sequence[Any],
+        weights: Mapping[str, Tensor],
+        seed: int,
+        step: int,
+        trace: StepTrace | None = None,
     ) -> dict[str, Tensor]:
         """Forward and backward passes of all microbatches of a step.
 
@@ -75,6 +83,7 @@ class StagedModel:
             weights: for each loss, what its sum is multiplied by before the backward pass.
             seed: of dropout.
             step: likewise.
+            trace: measures when each action ran.
 
         Returns:
             0-dim tensors of the same names on all ranks: `loss/NAME`, the sum over this rank's
@@ -84,7 +93,9 @@ class StagedModel:
         self.data_parallel.begin_step(len(batches))
         keys = [DropoutKey(seed, step, batch.first_sample) for batch in batches]
         sums = _Sums(tuple(weights), self._ctx.device)
-        self._run(self._schedule(len(batches), True), batches, keys, sums, weights)
+        schedule = self.schedule(len(batches))
+        watch: Watch = nullcontext if trace is None else trace.watch
+        self._run(schedule, batches, keys, sums, weights, watch)
         if self._metrics is None:
             self._metrics = self._agree(sums.metric_names)
         return sums.scalars(self._metrics, len(batches) * self._ctx.dp.size)
@@ -92,7 +103,7 @@ class StagedModel:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
         """Forward passes alone; the sums of losses, as `train` returns them."""
-        schedule = self._schedule(len(batches), False)
+        schedule = self.schedule(len(batches)).forward_only()
         sums = _Sums(tuple(names), self._ctx.device)
         for chunk in self.chunks:
             chunk.eval()
@@ -108,6 +119,7 @@ class StagedModel:
         keys: Sequence[DropoutKey | None],
         sums: "_Sums",
         weights: Mapping[str, Tensor | float],
+        watch: Watch = nullcontext,
     ) -> None:
         def forward(chunk: int, microbatch: int, received: Payload) -> Payload | Tensor:
             batch, key = batches[microbatch].to(self._ctx.device), keys[microbatch]
@@ -117,18 +129,17 @@ class StagedModel:
             sums.add(output)
             return torch.stack([output.losses[n] * weight for n, weight in weights.items()]).sum()
 
-        Executor(schedule, self._wires, self.data_parallel.deferred).run(forward)
+        Executor(schedule, self._wires, self.data_parallel.deferred, watch).run(forward)
 
-    def _make_schedule(self, microbatches: int, trains: bool) -> Schedule:
+    def _make_schedule(self, microbatches: int) -> Schedule:
         where = self.layout.stage_map
-        schedule = make_schedule(
+        return make_schedule(
             self._parallel.schedule,
             stages=where.stages,
             microbatches=microbatches,
             chunks=where.chunks,
             trainable=self.layout.trainable,
         )
-        return schedule if trains else schedule.forward_only()
 
     def _agree(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """What the loss stage says, on all stages; collective over pp."""

@@ -33,6 +33,7 @@ from core.errors import ConfigError, DataError
 from core.optim.schedules import learning_rate, weight_decay
 from core.optim.step import OptimizerStep, SkipLimit, StepResult
 from core.parallel.context import ParallelContext
+from core.pipeline.trace import write_trace
 from core.training.data_order import check_same_order, sample_order
 from core.training.exchange import Exchange, LateValues
 from core.training.failure import SAVING, Patience, SentenceHandler, Watchdog
@@ -50,6 +51,7 @@ from core.training.metrics import (
 )
 from core.training.staged_model import StagedModel
 from core.training.state import RunState
+from core.training.step_trace import TRACE_FILE, StepTrace
 from core.training.task import TrainTask
 
 DTYPES = {
@@ -237,10 +239,26 @@ class Trainer:
         position, train = self.state.position, self.config.train
         weights = torch.where(counts > 0, self.optimizer.loss_scale.scale / counts, 0.0)
         named = dict(zip(data.names, weights, strict=True))
-        sums = self.model.train(data.batches, named, train.seed, position.step)
+        trace = StepTrace(self.ctx) if position.step + 1 == train.trace_step else None
+        sums = self.model.train(data.batches, named, train.seed, position.step, trace)
         decay = weight_decay(self.config.optimizer, position.step, train.steps)
         result = self.optimizer.step(rate, decay, valid=counts.sum() > 0)
+        if trace is not None:
+            self._write_trace(trace, len(data.batches))
         return sums, result
+
+    def _write_trace(self, trace: StepTrace, microbatches: int) -> None:
+        """Leave a measured step in --save; collective over pp, and waits for the device."""
+        timeline, schedule = trace.timeline(), self.model.schedule(microbatches)
+        if self.ctx.world.rank or self.config.save is None:
+            return
+        path, where = Path(self.config.save) / TRACE_FILE, schedule.stage_map
+        write_trace(path, schedule.name, timeline)
+        self._reporter.console.say(
+            f"step {self.config.train.trace_step} is in {path}: draw it with python -m "
+            f"core.pipeline show --schedule {schedule.name} --stages {where.stages} --chunks "
+            f"{where.chunks} --microbatches {microbatches} --from-trace {path} --out step.png"
+        )
 
     def _fetch_training(self) -> StepData:
         consumed = self.state.position.consumed_samples

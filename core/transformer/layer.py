@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from core.config.transformer import TransformerConfig
 from core.layers.dropout import BiasDropoutAdd
 from core.layers.forward_info import ForwardInfo
+from core.layers.norm import fork
 from core.parallel.placement import Placement
 from core.parallel.recompute import recompute_module
 from core.spec import IDENTITY, IdentityOp, ModuleSpec, build_module
@@ -83,19 +84,19 @@ class TransformerLayer(nn.Module):
 
     def forward(self, hidden: Tensor, info: ForwardInfo) -> Tensor:
         """`[s, b, h]` (`[s / tp, b, h]` under sequence parallelism) to the same shape."""
-        key = info.key
+        key, add = info.key, self.attention_add
+        hidden, normed = fork(self.input_norm, hidden)
         branch, bias = _normed(
             self.post_attention_norm,
-            self.self_attention(self.input_norm(hidden), info),
+            self.self_attention(normed, info),
             self.self_attention.output_bias,
         )
-        hidden = self.attention_add(branch, bias, hidden, key)
         if self.has_cross_attention:
-            branch = self.cross_attention(self.cross_attention_norm(hidden), info)
-            hidden = self.cross_add(branch, self.cross_attention.output_bias, hidden, key)
-        branch, bias = _normed(
-            self.post_mlp_norm, self.mlp(self.pre_mlp_norm(hidden)), self.mlp.output_bias
-        )
+            hidden, normed = add.and_norm(branch, bias, hidden, key, self.cross_attention_norm)
+            branch, bias = self.cross_attention(normed, info), self.cross_attention.output_bias
+            add = self.cross_add
+        hidden, normed = add.and_norm(branch, bias, hidden, key, self.pre_mlp_norm)
+        branch, bias = _normed(self.post_mlp_norm, self.mlp(normed), self.mlp.output_bias)
         out: Tensor = self.mlp_add(branch, bias, hidden, key)
         return out
 

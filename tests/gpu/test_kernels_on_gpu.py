@@ -1,14 +1,15 @@
-"""Compiled kernels against the plain ones on the CPU, the number of graphs they need, and which
-attention runs."""
+"""Compiled and hand-written kernels against the plain ones on the CPU, the number of graphs they
+need, and which attention runs."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from core.data_parallel.main_grad import accumulate_product, expire
 from core.kernels.attention import (
     AttentionDropout,
     AttentionPattern,
@@ -18,6 +19,10 @@ from core.kernels.attention import (
 )
 from core.kernels.cross_entropy import VocabSlice, vocab_parallel_cross_entropy
 from core.kernels.elementwise import (
+    Activation,
+    _AddRMSNorm,
+    _GatedActivation,
+    add_rms_norm,
     biased_activation,
     drop,
     gated_activation,
@@ -25,6 +30,7 @@ from core.kernels.elementwise import (
     rms_norm,
     rotary,
 )
+from core.kernels.reduction import sum_of_squares
 from core.parallel.context import Axis
 from core.parallel.random import DropoutKey, key_words
 
@@ -69,6 +75,22 @@ CASES: list[tuple[str, Callable[..., Any], list[Tensor], tuple[Any, ...]]] = [
         (1e-5,),
     ),
     ("swiglu", gated_activation, [_random(100, 512), _random(512)], ("silu",)),
+    *(
+        (f"gated {kind}", gated_activation, [_random(100, 2 * 1500)], (None, kind))
+        for kind in get_args(Activation)
+    ),
+    (
+        "sum and norm",
+        lambda x, branch, weight: add_rms_norm(x, branch, weight, 1e-5),
+        [_random(500, 2, 1500), _random(500, 1, 3000).view(500, 2, 1500), _random(1500)],
+        (),
+    ),
+    (
+        "fork and norm",
+        lambda x, weight: add_rms_norm(x, None, weight, 1e-5),
+        [_random(5, 2, 4096), _random(4096)],
+        (),
+    ),
     ("gelu", biased_activation, [_random(100, 512), _random(512)], ("gelu_tanh",)),
     (
         "rotary",
@@ -82,6 +104,12 @@ CASES: list[tuple[str, Callable[..., Any], list[Tensor], tuple[Any, ...]]] = [
         [_random(100, 136)],
         (torch.arange(100) % 131, VocabSlice(ONE, 0, 131, 131), 0.1),
     ),
+    (
+        "cross_entropy of a large vocabulary",
+        vocab_parallel_cross_entropy,
+        [_random(20, 5008, scale=5.0)],
+        (torch.arange(20) * 250, VocabSlice(ONE, 0, 5001, 5001)),
+    ),
 ]
 
 
@@ -90,6 +118,32 @@ CASES: list[tuple[str, Callable[..., Any], list[Tensor], tuple[Any, ...]]] = [
 def test_compiled_equals_plain(case: Any, dtype: torch.dtype, tolerance: float) -> None:
     _, fn, tensors, rest = case
     _close(_both(fn, tensors, rest, dtype), tolerance)
+
+
+def test_hand_written_kernels_are_used() -> None:
+    x, weight = (torch.ones(4, 8, device="cuda", requires_grad=True) for _ in range(2))
+    assert type(gated_activation(x, None, "silu").grad_fn) is _GatedActivation._backward_cls
+    assert type(add_rms_norm(x, x, weight[0], 1e-5)[1].grad_fn) is _AddRMSNorm._backward_cls
+
+
+def test_sum_of_squares_is_exact_and_repeats_itself() -> None:
+    parts = [_random(n).cuda() for n in (1, 16_385, 1_000_003)]
+    parts.append(_random(300, 200).cuda()[:, 3:100])
+    found = sum_of_squares(parts)
+    expected = sum(part.double().square().sum() for part in parts)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+    assert all(torch.equal(sum_of_squares(parts), found) for _ in range(3))
+
+
+def test_a_norms_weight_gradient_repeats_itself() -> None:
+    x, weight = _random(2000, 1, 512).cuda(), _random(512).cuda().requires_grad_()
+
+    def run() -> Tensor:
+        total, normed = add_rms_norm(x, x, weight, 1e-5)
+        return torch.autograd.grad((total * normed).sum(), weight)[0]
+
+    first = run()
+    assert all(torch.equal(run(), first) for _ in range(3))
 
 
 def test_a_new_number_of_tokens_needs_no_new_graph() -> None:
@@ -101,6 +155,21 @@ def test_a_new_number_of_tokens_needs_no_new_graph() -> None:
         rms_norm(gated_activation(x, None, "silu"), weight, 1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [graphs[0]] * len(graphs)
+
+
+def test_a_product_overwrites_a_stale_gradient() -> None:
+    """In the GEMM that writes fp32 from 16-bit inputs."""
+    weight: Any = torch.nn.Parameter(torch.zeros(64, 32, device="cuda", dtype=torch.bfloat16))
+    weight.main_grad, weight.grad_ready = torch.zeros(64, 32, device="cuda"), lambda: None
+    dy, x = (_random(100, n).cuda().bfloat16() for n in (64, 32))
+    for factor in (1, 2):
+        accumulate_product(weight, dy, x)
+        expected = factor * (dy.float().t() @ x.float())
+        torch.testing.assert_close(weight.main_grad, expected, rtol=1e-3, atol=1e-3)
+    expire(weight)
+    weight.main_grad.fill_(torch.nan)
+    accumulate_product(weight, dy, x)
+    torch.testing.assert_close(weight.main_grad, expected / 2, rtol=1e-3, atol=1e-3)
 
 
 def test_dropout_mask_is_that_of_the_cpu() -> None:

@@ -159,8 +159,9 @@ def test_one_rank_failing_ends_all(terminal: Terminal) -> None:
     assert not list(Path("out").glob("*step_*"))
 
 
-def test_a_killed_rank_ends_all(terminal: Terminal) -> None:
-    options = ["--data.synthetic", "--train.steps", "100000", "--parallel.tp", "2"]
+@pytest.mark.parametrize("axis", ["tp", "pp"])
+def test_a_killed_rank_ends_all(terminal: Terminal, axis: str) -> None:
+    options = ["--data.synthetic", "--train.steps", "100000", f"--parallel.{axis}", "2"]
     with torchrun(*options, "--save", "out", "--train.save-interval", "1") as run:
         wait_for_step(Path("out"), run)
         started, victim = time.monotonic(), rank_pids(run)[1]

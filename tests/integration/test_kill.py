@@ -4,20 +4,16 @@ comes out at the end is, bit by bit, what comes out of a run that nobody disturb
 import json
 import os
 import random
-import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from core.testing.launched_run import LaunchedRun
+
 PROCESSES, SAVE_INTERVAL = 4, 5
 OPTIONS = f"""
     --device cpu --precision.dtype fp32 --parallel.tp 2 --data.num-workers 0 --data.seq-length 16
@@ -36,91 +32,13 @@ OF_TIME = (
 )
 
 
-@dataclass
-class Run:
-    """A run under torchrun in the folder of the samples."""
-
-    folder: Path
-    save: Path
-    steps: int
-    restarts: int = 0
-    rendezvous: tuple[str, ...] = ("--standalone", "--nproc-per-node", str(PROCESSES))
-    """How torchrun is told of processes and machines."""
-    node: int = 0
-
-    def __enter__(self) -> "Run":
-        launcher = ["-m", "torch.distributed.run", *self.rendezvous]
-        launcher += ["--max-restarts", str(self.restarts)]
-        train = [str(ROOT / "models/llama/train.py"), *OPTIONS, "--train.steps", str(self.steps)]
-        with self._log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *launcher, *train, "--save", str(self.save)],
-                cwd=self.folder,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        # Workers have sessions of their own.
-        workers = self.workers()
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            for pid in workers.values():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-
-    @property
-    def _log(self) -> Path:
-        return self.folder / f"{self.save.name}.{self.node}.log"
-
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def workers(self, attempt: int | None = None) -> dict[int, int]:
-        """Processes by rank, of one attempt if it is given."""
-        found = {}
-        pid = self.process.pid
-        with suppress(OSError):
-            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-                environment = Path(f"/proc/{child}/environ").read_bytes().decode()
-                values = dict(entry.partition("=")[::2] for entry in environment.split("\0"))
-                if attempt is None or values.get("TORCHELASTIC_RESTART_COUNT") == str(attempt):
-                    found.update({int(values["RANK"]): int(child)} if "RANK" in values else {})
-        return found
-
-    def until(self, what: str, condition: Callable[[], bool], seconds: float = 90) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None, f"the run ended before {what}\n{self.log()}"
-            assert time.monotonic() < deadline, f"no {what}\n{self.log()}"
-            time.sleep(0.001)
-
-    def until_restarted(self, attempt: int) -> None:
-        self.until("restart", lambda: bool(self.workers(attempt)))
-
-    def saving(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return self.save.is_dir() and any(
-            re.fullmatch(r"\.step_.*\.tmp", name) for name in os.listdir(self.save)
-        )
-
-    def rows_written(self) -> tuple[int, int]:
-        """The metrics file, which every attempt makes anew, and its rows."""
-        file = self.save / "metrics.jsonl"
-        with suppress(FileNotFoundError):
-            return file.stat().st_ino, file.read_text().count("\n")
-        return 0, 0
-
-    def last_step(self) -> int:
-        steps = [int(name[5:]) for name in os.listdir(self.save) if name.startswith("step_")]
-        return max(steps, default=0)
+def launched(folder: Path, save: str, steps: int, **more: Any) -> LaunchedRun:
+    """A run in the folder of the samples."""
+    given = {"rendezvous": ("--standalone", "--nproc-per-node", str(PROCESSES)), **more}
+    return LaunchedRun(folder, folder / save, steps, OPTIONS, **given)
 
 
-def kill_one(run: Run, attempt: int, kills: int, rng: random.Random) -> bool:
+def kill_one(run: LaunchedRun, attempt: int, kills: int, rng: random.Random) -> bool:
     """Let an attempt begin to train, then kill one of its ranks; returns whether in mid-save."""
     before, _ = run.rows_written() if attempt else (0, 0)
     run.until("all workers", lambda: len(run.workers(attempt)) == PROCESSES)
@@ -158,11 +76,11 @@ def weights_and_states(save: Path, step: int) -> dict[str, bytes]:
 def test_killed_at_random_moments(samples: Path, tmp_path: Path, steps: int, kills: int) -> None:
     (tmp_path / "corpus.bin").symlink_to(samples / "corpus.bin")
     (tmp_path / "corpus.idx").symlink_to(samples / "corpus.idx")
-    with Run(tmp_path, tmp_path / "whole", steps) as whole:
+    with launched(tmp_path, "whole", steps) as whole:
         assert whole.process.wait(120) == 0, whole.log()
     rng = random.Random(steps)
     saving, pauses = [], []
-    with Run(tmp_path, tmp_path / "killed", steps, restarts=kills) as killed:
+    with launched(tmp_path, "killed", steps, restarts=kills) as killed:
         for attempt in range(kills):
             saving.append(kill_one(killed, attempt, kills, rng))
             died = time.monotonic()
@@ -192,7 +110,10 @@ def test_a_machine_whose_rank_was_killed_comes_back(samples: Path, tmp_path: Pat
         port = probe.getsockname()[1]
     rendezvous: tuple[str, ...] = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "test")
     rendezvous += ("--rdzv-endpoint", f"localhost:{port}", "--nproc-per-node", "2")
-    one, two = (Run(tmp_path, tmp_path / "run", 60, 3, rendezvous, node) for node in range(2))
+    one, two = (
+        launched(tmp_path, "run", 60, restarts=3, rendezvous=rendezvous, node=node)
+        for node in range(2)
+    )
     with one, two:
         one.until("a step", lambda: one.rows_written()[1] > 7)
         before, _ = one.rows_written()

@@ -24,6 +24,7 @@ from core.parallel.context import ParallelContext
 from core.parallel.placement import initialize_parameters
 from core.parallel.random import Init
 from core.parallel.sharding import DeclaredParameter
+from core.pipeline.schedules import stage_map_for
 from core.testing.distributed import WorkerPool
 from core.testing.parity import assert_close, gather_regions, gather_whole
 from core.training.exchange import Exchange
@@ -112,6 +113,7 @@ class Case:
     steps: int = 3
     label_smoothing: float = 0.0
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    fp8: Literal["none", "current", "rowwise"] = "none"
 
     @property
     def config(self) -> TransformerConfig:
@@ -193,6 +195,10 @@ class _Run:
         config = RunConfig(
             model=case.config,
             parallel=dataclasses.replace(layout.config, recompute=case.recompute),
+            # What users cannot ask for: FP8 between fp64 layers shows whether scales are the same.
+            precision=PrecisionConfig(dtype="fp64", fp8=case.fp8, fp8_bf16_last_layers=1)
+            if case.fp8 != "none"
+            else PrecisionConfig(),
             data=DataConfig(synthetic=True, seq_length=SEQUENCE),
             train=TrainConfig(
                 micro_batch_size=self.size, label_smoothing=case.label_smoothing, steps=1
@@ -316,6 +322,12 @@ RECOMPUTES = [
 ]
 
 
+FP8_CASES: list[tuple[Literal["current", "rowwise"], RecomputeConfig]] = [
+    ("current", RECOMPUTES[0]),
+    ("rowwise", RECOMPUTES[2]),
+]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_model_and_recompute(pool: WorkerPool, layout: Layout) -> None:
@@ -331,6 +343,22 @@ def test_every_model_and_recompute(pool: WorkerPool, layout: Layout) -> None:
 @pytest.mark.parametrize("layout", [Layout(2, 2, True), Layout(4, 2, True)], ids=str)
 def test_recompute_under_a_layout(pool: WorkerPool, layout: Layout) -> None:
     _compare(pool, layout, [Case("rich", 0.2, recompute=recompute) for recompute in RECOMPUTES])
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(4),
+        Layout(4, 1, True),
+        Layout(2, 1, True, pp=2, schedule="zbv"),
+    ],
+    ids=str,
+)
+def test_fp8_rounds_alike_at_every_layout(pool: WorkerPool, layout: Layout) -> None:
+    """To the same 1e-9, for a scale that differed would change what is rounded by percents.
+    Microbatches are the same: each has its scales."""
+    cases = [Case("plain", 0.2, steps=2, fp8=fp8, recompute=r) for fp8, r in FP8_CASES]
+    _compare(pool, layout, cases)
 
 
 def _pipelines(tp: int, dp: int, pp: int) -> list[Layout]:
@@ -377,6 +405,45 @@ def test_every_pipeline(pool: WorkerPool, layout: Layout) -> None:
     cases += [Case("deep gpt", 0.2), Case("deep gpt", steps=2)]
     cases += [Case("deep", 0.2, steps=2, recompute=recompute) for recompute in RECOMPUTES]
     _compare(pool, layout, cases)
+
+
+UNEVEN = {2: "E t|t*5 L", 4: "E|t*3||t*3 L", 8: "E|t||t*2||t|t*2|L"}
+"""Layouts of the deep model by number of pieces, with pieces that only pass data on."""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dataclasses.replace(
+            layout, layout=UNEVEN[stage_map_for(layout.schedule, pp, layout.chunks).pieces]
+        )
+        for tp, dp, pp in ((1, 1, 2), (2, 1, 2), (1, 1, 4), (1, 2, 4))
+        for layout in _pipelines(tp, dp, pp)
+    ],
+    ids=str,
+)
+def test_every_uneven_pipeline(pool: WorkerPool, layout: Layout) -> None:
+    _compare(pool, layout, [Case("deep", 0.2), Case("deep", 0.2, recompute=RECOMPUTES[0])])
+
+
+@pytest.mark.parametrize(("schedule", "model"), [("zb_h1", "deep"), ("zbv", "deep untied")])
+def test_zero_bubble_gives_the_bits_of_1f1b(
+    pool: WorkerPool, schedule: Schedule, model: str
+) -> None:
+    """In fp32: the same products, summed in the same order."""
+    case = Case(model, dropout=0.1, dtype="fp32")
+    names: tuple[Schedule, Schedule] = ("1f1b", schedule)
+    usual, other = (
+        pool.run(_worker, 2, [case], Layout(pp=2, schedule=name, microbatches=8))[0][0]
+        for name in names
+    )
+    assert usual.losses == other.losses
+    assert usual.gradients.keys() == other.gradients.keys()
+    for parameter, gradient in usual.gradients.items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, other.gradients[parameter]), parameter
+        assert torch.equal(usual.parameters[parameter], other.parameters[parameter]), parameter
 
 
 def _loss_curve(case: Case, layout: Layout) -> list[float]:

@@ -27,8 +27,8 @@ from core.training.trainer import Trainer
 from models.llama.train import llama_task
 
 Mode = Literal["fp32", "bf16", "lean"]
-Layout = tuple[int, int] | tuple[int, int, int]
-"""tp, dp and pp."""
+Layout = tuple[int, int] | tuple[int, int, int] | tuple[int, int, int, str]
+"""tp, dp, pp, and one of `PIPELINES`."""
 STEPS_A_LEG = 3
 
 MODEL = TransformerConfig(
@@ -43,6 +43,15 @@ MODEL = TransformerConfig(
     tie_embeddings=True,
     hidden_dropout=0.1,
 )
+
+
+PIPELINES: dict[str, ParallelConfig] = {
+    "zb_h1": ParallelConfig(schedule="zb_h1"),
+    "interleaved": ParallelConfig(schedule="interleaved", virtual_stages=2),
+    "three chunks": ParallelConfig(schedule="interleaved", virtual_stages=3, layout="E|t||t||L"),
+    "zbv": ParallelConfig(schedule="zbv"),
+    "uneven": ParallelConfig(layout="E|t*2 L"),
+}
 
 
 @dataclass
@@ -66,14 +75,18 @@ KINDS = {
 
 
 def _config(
-    save: Path, dtype: Mode, tp: int, legs: int, leg: int, pp: int = 1
+    save: Path, dtype: Mode, tp: int, legs: int, leg: int, pipeline: tuple[int, str] = (1, "")
 ) -> RunConfig[TransformerConfig]:
+    pp, name = pipeline
     return RunConfig(
         model=MODEL,
         save=str(save),
         device="cpu",
-        parallel=ParallelConfig(
-            tp=tp, pp=pp, schedule="zb_h1" if pp > 1 else "1f1b", sequence_parallel=tp > 1
+        parallel=dataclasses.replace(
+            PIPELINES[name] if pp > 1 else ParallelConfig(),
+            tp=tp,
+            pp=pp,
+            sequence_parallel=tp > 1,
         ),
         precision=PRECISIONS[dtype],
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, clip_grad=0.5),
@@ -85,6 +98,16 @@ def _config(
             exit_at_step=(leg + 1) * STEPS_A_LEG,
         ),
     )
+
+
+def _sizes(layout: Layout) -> tuple[int, int, int, str]:
+    match layout:
+        case (tp, dp):
+            return tp, dp, 1, ""
+        case (tp, dp, pp):
+            return tp, dp, pp, "zb_h1"
+        case (tp, dp, pp, name):
+            return tp, dp, pp, name
 
 
 def _everything(trainer: Trainer, ctx: ParallelContext) -> dict[str, Tensor]:
@@ -119,6 +142,16 @@ def _losses(save: Path) -> Tensor:
     [
         ("fp32", [(2, 2), (4, 1), (2, 2), (1, 4), (2, 2), (1, 1), (2, 2)]),
         ("fp32", [(1, 2, 2), (2, 1), (1, 1, 4), (1, 1), (2, 1, 2)]),
+        (
+            "fp32",
+            [
+                (1, 1, 2, "interleaved"),
+                (1, 1, 2, "uneven"),
+                (1, 1, 2, "three chunks"),
+                (1, 2, 2, "zbv"),
+                (1, 1, 2, "interleaved"),
+            ],
+        ),
         ("bf16", [(2, 2), (1, 4), (4, 1)]),
         ("lean", [(2, 2), (1, 1), (4, 1), (1, 4)]),
         ("lean", [(1, 1, 2), (1, 2), (1, 2, 2)]),
@@ -130,8 +163,8 @@ def test_a_run_goes_on_at_another_layout(
 ) -> None:
     before: Leg | None = None
     for number, layout in enumerate(layouts):
-        tp, dp, pp = (*layout, 1)[:3]
-        config = _config(tmp_path / "moved", dtype, tp, len(layouts), number, pp)
+        tp, dp, pp, name = _sizes(layout)
+        config = _config(tmp_path / "moved", dtype, tp, len(layouts), number, (pp, name))
         leg: Leg = pool.run(_leg, tp * dp * pp, config)[0]
         assert {name.split()[0] for name in leg.start} == KINDS[dtype]
         if before is not None:

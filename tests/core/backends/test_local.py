@@ -7,6 +7,7 @@ from torch import nn
 from core.backends.local import LocalSpecProvider
 from core.backends.provider import BackendSpecProvider, NormKind
 from core.layers.norm import LayerNorm, RMSNorm
+from core.layers.products import Fp8Products
 from core.spec import ModuleSpec
 
 
@@ -45,3 +46,14 @@ def test_norms() -> None:
     assert LocalSpecProvider().norm("layernorm").module is LayerNorm
     with pytest.raises(KeyError):
         LocalSpecProvider().norm("batchnorm")  # type: ignore[arg-type]
+
+
+def test_fp8_is_for_linear_layers_of_the_layers_chosen() -> None:
+    recipe = Fp8Products()
+    provider = LocalSpecProvider(recipe, frozenset({0, 3}))
+    for layer in range(4):
+        one = provider.for_layer(layer)
+        expected = {} if layer in (0, 3) else {"products": recipe}
+        assert one.column_parallel_linear().params == expected
+        assert one.row_parallel_linear().params == expected
+        assert one.norm("rmsnorm").params == one.core_attention().params == {}

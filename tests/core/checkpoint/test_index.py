@@ -140,6 +140,7 @@ def _rename_file(name: str) -> Callable[[dict[str, Any]], None]:
         (_set("tensors", "model/a", "dtype", value="F99"), "is damaged"),
         (_set("tensors", value=[]), "is damaged"),
         (_set("block_size", value=0), "block_size is 0"),
+        (_set("block_size", value=1000), "block_size is 1000"),
         (_set("version", value=99), "format version 99, this program reads version 1"),
         (_set("format", value="zip"), "not the index of a Tessera checkpoint"),
     ],

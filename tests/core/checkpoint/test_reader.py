@@ -1,12 +1,17 @@
+import dataclasses
 import random
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from core.checkpoint.index import SavedTensor
+from core.checkpoint.blocks import CheckedBlocks
+from core.checkpoint.index import BLOCK_SIZE, FileRecord, Index, SavedTensor
 from core.checkpoint.reader import open_checkpoint
+from core.checkpoint.safetensors_io import SafetensorsWriter
 from core.checkpoint.writer import write_checkpoint
 from core.errors import CheckpointError
 from core.parallel.sharding import Box, BoxCopy, whole_copy
@@ -49,9 +54,13 @@ def _random_partition(rng: random.Random, box: Box, depth: int) -> list[Box]:
     ]
 
 
+@pytest.mark.parametrize("block_size", [16, 48, BLOCK_SIZE])
 @pytest.mark.parametrize("seed", range(12))
-def test_random_boxes_come_back(tmp_path: Path, seed: int) -> None:
+def test_random_boxes_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, block_size: int
+) -> None:
     """Random tilings, spread over ranks with some tiles on several; then random boxes are read."""
+    monkeypatch.setattr("core.checkpoint.writer.BLOCK_SIZE", block_size)
     rng = random.Random(seed)
     dtype = rng.choice([torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool])
     shape = tuple(rng.randint(1, 7) for _ in range(rng.randint(1, 3)))
@@ -73,6 +82,131 @@ def test_random_boxes_come_back(tmp_path: Path, seed: int) -> None:
         out = torch.zeros(box.shape, dtype=dtype)
         reader.read_box("x", box, out)
         assert torch.equal(out, whole[box.slices])
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Blocks of 256 bytes, and those that were read from the disk."""
+    monkeypatch.setattr("core.checkpoint.writer.BLOCK_SIZE", 256)
+    found: list[tuple[str, int]] = []
+    fetch = CheckedBlocks._fetch
+
+    def noted(self: CheckedBlocks, name: str, number: int) -> None:
+        found.append((name, number))
+        fetch(self, name, number)
+
+    monkeypatch.setattr(CheckedBlocks, "_fetch", noted)
+    return found
+
+
+def _whole(name: str, tensor: Tensor) -> SavedTensor:
+    shape = tuple(tensor.shape)
+    return SavedTensor(name, shape, whole_copy(shape), tensor)
+
+
+@pytest.mark.parametrize("target", [1, 2, 4])
+def test_a_load_reads_every_block_once(
+    tmp_path: Path,
+    make_shards: MakeShards,
+    differences: Differences,
+    fetched: list[tuple[str, int]],
+    target: int,
+) -> None:
+    """Many tensors to a block and many blocks to a tensor, rows and columns of them."""
+    reader = open_checkpoint(write_checkpoint(tmp_path, 1, make_shards(2), {}))
+    every = [(n, b) for n, f in sorted(reader.index.files.items()) for b in range(len(f.crc32))]
+    assert len(every) > 20
+    empty = make_shards(target, empty=True)
+    for shard in empty:
+        rng = random.Random(0)
+        rng.shuffle(shard)
+        fetched.clear()
+        reader = open_checkpoint(tmp_path)
+        reader.load(shard)
+        assert len(set(fetched)) == len(fetched)
+        assert fetched == [block for block in every if block in fetched]
+        assert target > 1 or fetched == every
+    expected = make_shards(target)
+    for shard, other in zip(empty, expected, strict=True):
+        shard.sort(key=lambda saved: saved.name)
+        other.sort(key=lambda saved: saved.name)
+    assert differences(empty, expected) == []
+    fetched.clear()
+    reader.verify()
+    assert set(fetched) == set(every)
+
+
+def test_a_part_reads_about_that_part(tmp_path: Path, fetched: list[tuple[str, int]]) -> None:
+    """Rows read their bytes, columns all rows; a converted tensor is read like any other."""
+    whole = torch.randn(64, 48, dtype=torch.float64)
+    reader = open_checkpoint(write_checkpoint(tmp_path, 1, [[_whole("x", whole)]], {}))
+    row, header = 48 * 8, 1
+    for box, most in (
+        (Box((30, 0), (2, 48)), 2 * row // 256 + 2),
+        (Box((30, 40), (4, 8)), 4 * row // 256 + 2),
+        (Box((0, 40), (64, 8)), 64 * row // 256 + 1),
+    ):
+        for dtype in (torch.float64, torch.bfloat16):
+            fetched.clear()
+            out = torch.empty(box.shape, dtype=dtype)
+            reader.read_box("x", box, out, convert=True)
+            assert torch.equal(out, whole[box.slices].to(dtype))
+            assert len(fetched) <= most + header
+
+
+def test_a_strided_destination_gets_its_columns(
+    tmp_path: Path, fetched: list[tuple[str, int]]
+) -> None:
+    whole = torch.arange(40 * 7 * 3.0).reshape(40, 7, 3)
+    reader = open_checkpoint(write_checkpoint(tmp_path, 1, [[_whole("x", whole)]], {}))
+    memory = torch.full((3, 20, 40), -1.0)
+    out = memory.permute(2, 1, 0)[:, 5:9]  # of shape [40, 4, 3]
+    reader.read_box("x", Box((0, 2, 0), (40, 4, 3)), out)
+    assert torch.equal(out, whole[:, 2:6])
+    assert (memory == -1).sum() == memory.numel() - out.numel()
+
+
+def test_damage_in_one_block_is_found_and_nothing_of_it_is_used(
+    tmp_path: Path, fetched: list[tuple[str, int]]
+) -> None:
+    values = torch.arange(1.0, 1025.0)
+    path = write_checkpoint(tmp_path, 1, [[_whole("x", values), _whole("y", values)]], {})
+    file = path / "rank_00000.safetensors"
+    intact = file.read_bytes()
+    body = len(intact) - 2 * 4096
+    for block in range(-(-len(intact) // 256)):
+        data = bytearray(intact)
+        data[min(block * 256 + 100, len(data) - 1)] ^= 1
+        file.write_bytes(data)
+        out = torch.zeros(2, 1024)
+        reader = open_checkpoint(path)
+        with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors is damaged"):
+            reader.load([_whole("y", out[1]), _whole("x", out[0])])
+        filled = max(0, block * 256 - body) // 4
+        assert torch.equal(out.view(-1)[:filled], values.repeat(2)[:filled])
+        assert not out.view(-1)[filled:].any()
+        # The parts that lie elsewhere can be had.
+        if block * 256 >= body + 4096:
+            reader.load([_whole("x", out[0])])
+            assert torch.equal(out[0], values)
+
+
+def test_numbers_that_lie_in_two_blocks_are_refused(tmp_path: Path) -> None:
+    tensors = {"odd@0": torch.ones(3, dtype=torch.int8), "x@0": torch.ones(2)}
+    local = [_whole(key[:-2], tensor) for key, tensor in tensors.items()]
+    path = write_checkpoint(tmp_path, 1, [local], {})
+    file, index = path / "rank_00000.safetensors", Index.read(path)
+    file.unlink()
+    with SafetensorsWriter(file, {k: (t.dtype, t.shape) for k, t in tensors.items()}) as writer:
+        for key, tensor in tensors.items():
+            writer.write(key, tensor)
+    data = file.read_bytes()
+    files = {file.name: FileRecord(len(data), (zlib.crc32(data),))}
+    (path / "index.json").write_text(dataclasses.replace(index, files=files).dump())
+    reader = open_checkpoint(path)
+    reader.load([_whole("odd", torch.empty(3, dtype=torch.int8))])
+    with pytest.raises(CheckpointError, match=r"holds x@0 at byte \d+, which is no multiple of 4"):
+        reader.load([_whole("x", torch.empty(2))])
 
 
 @pytest.fixture

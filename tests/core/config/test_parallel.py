@@ -26,6 +26,11 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "--parallel.sequence-parallel does nothing with --parallel.tp 1",
     ),
     (
+        "_tp_overlap_has_something_to_hide",
+        {"tp": 2, "tp_overlap": "chunked"},
+        "--parallel.tp-overlap chunked does nothing without --parallel.sequence-parallel",
+    ),
+    (
         "_fsdp2_has_one_stage",
         {"data_parallel": "fsdp2", "pp": 2},
         "fsdp2 gathers every layer in every microbatch, of which --parallel.pp 2 needs many",

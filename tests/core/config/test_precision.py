@@ -1,9 +1,17 @@
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 
-from core.config.precision import PRECISION_RULES, PrecisionConfig, validate_precision
+from core.config.precision import (
+    PRECISION_RULES,
+    PrecisionConfig,
+    bf16_layers,
+    validate_fp8,
+    validate_precision,
+)
+from core.config.transformer import TransformerConfig
 from core.errors import ConfigError
 
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
@@ -35,6 +43,19 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         {"dtype": "fp64", "moments": "bf16"},
         "--precision.moments bf16 does not fit --precision.dtype fp64",
     ),
+    ("_fp8_needs_bf16", {"dtype": "fp32", "fp8": "current"}, "fp8 current completes .* not fp32"),
+    ("_fp8_recipe_is_local", {"fp8": "delayed"}, "fp8 delayed needs Transformer Engine"),
+    ("_fp8_recipe_is_local", {"fp8": "blockwise"}, "fp8 blockwise needs Transformer Engine"),
+    (
+        "_fp8_layers_do_something",
+        {"fp8_bf16_first_layers": 1},
+        "--precision.fp8-bf16-first-layers 1 does nothing without --precision.fp8",
+    ),
+    (
+        "_fp8_layers_do_something",
+        {"fp8": "current", "fp8_bf16_last_layers": -1},
+        "--precision.fp8-bf16-last-layers is -1: it must be at least 0",
+    ),
 ]
 
 
@@ -62,7 +83,54 @@ def test_every_rule_has_a_broken_case() -> None:
         {"dtype": "fp64"},
         {"dtype": "fp16"},
         {"dtype": "fp16", "initial_loss_scale": 4.0, "loss_scale_window": 1},
+        {"fp8": "current"},
+        {"fp8": "rowwise", "fp8_bf16_first_layers": 1, "fp8_bf16_last_layers": 2},
     ],
 )
 def test_sound_config_passes(changes: dict[str, Any]) -> None:
     validate_precision(PrecisionConfig(**changes))
+
+
+def test_layers_that_stay_in_bf16() -> None:
+    config = PrecisionConfig(fp8="current", fp8_bf16_first_layers=1, fp8_bf16_last_layers=2)
+    assert bf16_layers(config, 6) == {0, 4, 5}
+    assert bf16_layers(config, 3) == {0, 1, 2}
+    assert bf16_layers(config, 2) == {0, 1}
+    assert bf16_layers(PrecisionConfig(fp8="rowwise"), 6) == set()
+    assert bf16_layers(PrecisionConfig(), 2) == {0, 1}
+
+
+MODEL = TransformerConfig(
+    num_layers=3,
+    hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=16,
+    ffn_hidden_size=96,
+    vocab_size=100,
+    max_position_embeddings=128,
+)
+
+
+@pytest.mark.parametrize(
+    ("precision", "model", "tp", "tokens", "message"),
+    [
+        ({"fp8_bf16_first_layers": 2, "fp8_bf16_last_layers": 1}, {}, 1, 64, "2 and .* 1 leave no"),
+        ({}, {"hidden_size": 72}, 1, 64, "--model.hidden-size is 72, but --precision.fp8 current"),
+        ({}, {"ffn_hidden_size": 104}, 1, 64, "ffn-hidden-size over --parallel.tp is 104"),
+        ({}, {}, 4, 64, "ffn-hidden-size over --parallel.tp is 24"),
+        ({}, {"head_dim": 10}, 1, 64, "width of the query heads of one rank is 40"),
+        ({}, {"head_dim": 12, "num_query_groups": 1}, 1, 64, "query, key and value .* is 72"),
+        ({}, {}, 1, 40, "seq-length times --train.micro-batch-size is 40"),
+    ],
+)
+def test_what_fp8_cannot_multiply(
+    precision: dict[str, Any], model: dict[str, Any], tp: int, tokens: int, message: str
+) -> None:
+    config = PrecisionConfig(fp8="current", **precision)
+    with pytest.raises(ConfigError, match=message):
+        validate_fp8(config, dataclasses.replace(MODEL, **model), tp=tp, tokens=tokens)
+    validate_fp8(
+        config if not precision else PrecisionConfig(fp8="current"), MODEL, tp=2, tokens=64
+    )
+    validate_fp8(PrecisionConfig(), dataclasses.replace(MODEL, **model), tp=tp, tokens=tokens)

@@ -82,6 +82,11 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "--train.save-interval 5 does nothing without --save",
     ),
     (
+        "_saving_knobs_have_a_folder",
+        {"train": TrainConfig(trace_step=5)},
+        "--train.trace-step 5 has no place to write to without --save",
+    ),
+    (
         "_evaluation_has_data",
         {"train": TrainConfig(eval_interval=5), "data": data(split="1")},
         "--train.eval-interval 5 has no data",
@@ -99,10 +104,16 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         },
         "--precision.master-weights remainder does nothing with --parallel.data-parallel fsdp2",
     ),
+    (
+        "_fp8_fits_the_model",
+        {"precision": PrecisionConfig(fp8="current"), "parallel": ParallelConfig(tp=4)},
+        "ffn-hidden-size over --parallel.tp is 24, but --precision.fp8 current needs a multiple",
+    ),
 ]
 
 SOUND: list[dict[str, Any]] = [
     {},
+    {"precision": PrecisionConfig(fp8="rowwise"), "parallel": ParallelConfig(tp=2)},
     {"parallel": ParallelConfig(tp=4, sequence_parallel=True, dp=2)},
     {
         "parallel": ParallelConfig(data_parallel="fsdp2"),

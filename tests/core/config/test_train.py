@@ -24,6 +24,8 @@ def test_defaults_are_valid() -> None:
         ({"gc_interval": -1}, "--train.gc-interval is -1: it must be at least 0"),
         ({"exit_duration_minutes": 0.0}, "--train.exit-duration-minutes is 0.0"),
         ({"exit_at_step": 0}, "--train.exit-at-step is 0: it must be from 1 to --train.steps 1000"),
+        ({"trace_step": 0}, "--train.trace-step is 0: it must be from 1 to --train.steps 1000"),
+        ({"trace_step": 9, "steps": 8}, "--train.trace-step is 9: .* from 1 to --train.steps 8"),
         ({"label_smoothing": 1.0}, "--train.label-smoothing is 1.0: it must be at least 0"),
         ({"eval_steps": 3}, "--train.eval-steps 3 does nothing without"),
         ({"keep_every": 10}, "--train.keep-every 10 does nothing without --train.save-interval"),

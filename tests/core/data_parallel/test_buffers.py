@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -6,6 +7,7 @@ from torch import Tensor, nn
 
 from core.config.parallel import ParallelConfig
 from core.data_parallel.buffers import GradBuffers
+from core.data_parallel.main_grad import accumulate_product
 from core.data_parallel.regions import ALIGNMENT
 from core.parallel.context import ParallelContext
 from core.parallel.random import normal_init
@@ -23,7 +25,7 @@ MICROBATCHES = 2
 
 
 class _Accumulate(torch.autograd.Function):
-    """`x @ weight.t()` whose backward adds to `main_grad` where there is one."""
+    """`x @ weight.t()` whose backward accumulates in `main_grad` where there is one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -33,12 +35,7 @@ class _Accumulate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        product = grads[0].t() @ x
-        if not hasattr(weight, "main_grad"):
-            return grads[0] @ weight, product
-        weight.main_grad.add_(product)
-        weight.grad_ready()
-        return grads[0] @ weight, None
+        return grads[0] @ weight, accumulate_product(weight, grads[0], x)
 
 
 class _Toy(nn.Module):
@@ -112,11 +109,22 @@ def _run_steps(
         gradients.append(gather_regions(buffers, ctx))
         for name, parameter in model.named_parameters() if whole else ():
             assert torch.equal(parameter.main_grad, gradients[-1][name])  # type: ignore[attr-defined]
-        for region in buffers.regions:
-            region.main_grad.zero_()
         buffers.zero()
-        assert all(torch.count_nonzero(b.main_grad) == 0 for b in buffers.buckets)
+        _poison(model, buffers)
     return gradients, started
+
+
+def _poison(model: nn.Module, buffers: GradBuffers) -> None:
+    """Make stale gradients NaN; everything else must be zero, gaps and padding too."""
+    loose: dict[str, Any] = dict(model.named_parameters())
+    used = {name for name, p in loose.items() if p.stale}
+    assert used >= {"table", "second"}
+    assert used.isdisjoint({"unused", "scale"})
+    for name in used:
+        loose[name].main_grad.zero_()
+    assert all(torch.count_nonzero(b.main_grad) == 0 for b in buffers.buckets)
+    for name in used:
+        loose[name].main_grad.fill_(math.nan)
 
 
 def test_buckets_hold_parameters_in_reverse_order_aligned_with_zero_gaps() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from core.backends.chosen import chosen_backend
 from core.config.data import DataConfig
 from core.config.optimizer import OptimizerConfig
 from core.config.parallel import ParallelConfig, RecomputeConfig
@@ -75,6 +76,7 @@ class Case:
     """Learned positions, and the branches of a layer side by side."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     moments: str = "fp32"
+    fp8: str = "none"
 
     @property
     def model(self) -> TransformerConfig:
@@ -90,7 +92,11 @@ class Case:
 
     @property
     def precision(self) -> PrecisionConfig:
-        options: dict[str, Any] = {"dtype": self.dtype, "moments": self.moments}
+        options: dict[str, Any] = {
+            "dtype": self.dtype,
+            "moments": self.moments,
+            "fp8": self.fp8,
+        }
         return PrecisionConfig(**options)
 
 
@@ -111,7 +117,8 @@ class Run:
         self.ctx = ctx or ParallelContext.create(case.parallel, torch.device("cpu"))
         dtype = DTYPES[case.precision.dtype]
         place = model_placement(self.ctx, case.parallel, dtype)
-        self.model = build_llama(case.model, place, case.recompute)
+        backend = chosen_backend(case.precision, case.model.num_layers)
+        self.model = build_llama(case.model, place, case.recompute, backend)
         self.sharing = publish_sharing(declared_parameters(self.model), self.ctx)
         self.parallel: DataParallel = make_data_parallel(
             [self.model], self.ctx, case.parallel, dtype
@@ -261,6 +268,15 @@ def test_16_bit_computation_follows_zero1(pool: WorkerPool, dtype: str) -> None:
     for name, value in actual.gradients.items():
         if ".k_norm" not in name and ".linear_qkv.bias" not in name:  # hardly above rounding
             assert_close(value, zero1.gradients[name], 3e-2, name)
+
+
+@pytest.mark.parametrize("fp8", ["current", "rowwise"])
+def test_fp8_is_that_of_zero1(pool: WorkerPool, fp8: str) -> None:
+    """Weights are gathered, and quantised, twice a microbatch instead of once a step."""
+    case = Case(tp=2, sp=True, fp8=fp8)
+    actual = pool.run(_outcome, 4, case)[0]
+    zero1 = pool.run(_outcome, 4, dataclasses.replace(case, mode="zero1"))[0]
+    _assert_equal(actual, zero1, TOLERANCE)
 
 
 def test_bf16_moments_work(pool: WorkerPool) -> None:

@@ -1,12 +1,24 @@
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from core.data_parallel.main_grad import accumulate_product, accumulate_rows, accumulate_sum
+from core.config.optimizer import OptimizerConfig
+from core.config.precision import PrecisionConfig
+from core.data_parallel.buffers import GradBuffers
+from core.data_parallel.main_grad import (
+    accumulate_product,
+    accumulate_rows,
+    accumulate_sum,
+    expire,
+    settle,
+)
 from core.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
+from core.optim.gradients import publish_sharing
+from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
 from core.parallel.random import ZEROS
@@ -144,3 +156,79 @@ def test_bf16_weights_accumulate_in_fp32() -> None:
         bf16_error = ((grad - truth).abs().max() / scale).item()
         assert error < 0.6 * bf16_error, (name, error, bf16_error)
         assert error < 0.01
+
+
+def _poisoned() -> Any:
+    """A weight whose gradient is stale, and NaN."""
+    weight: Any = nn.Parameter(torch.zeros(3, 2))
+    weight.main_grad, weight.grad_ready = torch.zeros(3, 2), lambda: None
+    accumulate_product(weight, torch.ones(4, 3), torch.ones(4, 2))
+    expire(weight)
+    weight.main_grad.fill_(math.nan)
+    return weight
+
+
+def test_what_comes_first_to_a_stale_gradient_replaces_it() -> None:
+    weight, ones = _poisoned(), torch.ones(4, 2)
+    accumulate_product(weight, torch.ones(4, 3), ones)
+    assert torch.equal(weight.main_grad, torch.full((3, 2), 4.0))
+    accumulate_product(weight, torch.ones(4, 3), ones)
+    assert torch.equal(weight.main_grad, torch.full((3, 2), 8.0))
+    weight = _poisoned()
+    accumulate_product(weight, torch.ones(0, 3), ones[:0])  # no tokens
+    assert not weight.main_grad.any()
+    weight = _poisoned()
+    accumulate_rows(weight, torch.tensor([1, 1]), ones[:2])
+    assert weight.main_grad.tolist() == [[0.0, 0.0], [2.0, 2.0], [0.0, 0.0]]
+    weight = _poisoned()
+    accumulate_sum(weight, torch.ones(5, 3, 2))
+    assert torch.equal(weight.main_grad, torch.full((3, 2), 5.0))
+    weight = _poisoned()
+    settle(weight)
+    assert not weight.main_grad.any()
+    settle(weight)
+
+
+def test_a_gradient_of_other_origin_is_cleared_at_once() -> None:
+    """Whoever adds to `main_grad` by itself finds it zero."""
+    weight: Any = nn.Parameter(torch.zeros(3, 2))
+    weight.main_grad, weight.grad_ready = torch.full((3, 2), math.nan), lambda: None
+    expire(weight)
+    assert not weight.main_grad.any()
+
+
+@pytest.mark.parametrize("put_off", [False, True])
+def test_a_skipped_step_leaves_nothing_behind(put_off: bool) -> None:
+    """NaN in every gradient, then a step in which one weight gets none, and another."""
+    results = []
+    for broken in (False, True):
+        model, ctx = _Model(torch.float64), ParallelContext.single()
+        parameters = declared_parameters(model)
+        buffers = GradBuffers(parameters, ctx, bucket_mib=1)
+        sharing = publish_sharing(parameters, ctx)
+        config = OptimizerConfig(clip_grad=0.0)
+        optimizer = OptimizerStep(buffers, sharing, ctx, config, PrecisionConfig(dtype="fp64"))
+        for kind in (
+            ("whole", "broken", "head alone", "whole")
+            if broken
+            else (("whole", "head alone", "whole"))
+        ):
+            buffers.begin_step(1)
+            loss = model.head(model.table(TOKENS)).sin().sum()
+            if kind != "head alone":
+                loss = model(TOKENS) * (math.nan if kind == "broken" else 1.0)
+            if put_off:
+                with buffers.deferred.collect() as products:
+                    loss.backward()
+                with torch.no_grad():
+                    for product in products:
+                        product()
+            else:
+                loss.backward()
+            applied = optimizer.step(1e-2, 0.1).applied
+            assert bool(applied) == (kind != "broken")
+            if kind == "broken":
+                assert buffers.buckets[-1].main_grad.isnan().any()
+        results.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

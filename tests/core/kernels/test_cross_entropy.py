@@ -88,6 +88,22 @@ def test_is_torchs_at_every_layout(pool: WorkerPool, tp: int) -> None:
         _check([rank[dtype, eps] for rank in ranks], dtype, eps)
 
 
+def _one_token() -> float:
+    ctx = ParallelContext.create(ParallelConfig(tp=2), torch.device("cpu"))
+    logits, labels, _ = _whole(16, torch.float64)
+    first = 8 * ctx.tp.rank
+    part = VocabSlice(ctx.tp, first, 8, 16)
+    mine = logits[:1, first : first + 8].clone()
+    return vocab_parallel_cross_entropy(mine, labels[:1], part, 0.1).item()
+
+
+def test_one_token(pool: WorkerPool) -> None:
+    """A column of one row is contiguous as it is, so that a sum in place could reach the rest."""
+    logits, labels, _ = _whole(16, torch.float64)
+    expected = F.cross_entropy(logits[:1], labels[:1], label_smoothing=0.1).item()
+    assert pool.run(_one_token, 2) == [pytest.approx(expected, rel=1e-12)] * 2
+
+
 def _slice(columns: int) -> VocabSlice:
     return VocabSlice(ParallelContext.single().tp, 0, columns, columns)
 

@@ -1,10 +1,16 @@
 import dataclasses
+from typing import Any
 
+import pytest
 import torch
 
 from core.layers.dropout import BiasDropoutAdd, Dropout
+from core.layers.norm import LayerNorm, RMSNorm
 from core.parallel.context import ParallelContext
+from core.parallel.placement import Placement
 from core.parallel.random import DropoutKey, philox
+from core.parallel.sharding import declared_parameters
+from core.testing.layouts import randomize
 
 CTX = ParallelContext.single()
 KEY = DropoutKey(seed=5, step=2, first_sample=3)
@@ -57,3 +63,16 @@ def test_bias_dropout_add() -> None:
     assert not torch.equal(dropped, X + bias)
     torch.testing.assert_close(module(X, bias, residual, KEY), residual + dropped)
     torch.testing.assert_close(module(X, None, residual, KEY), residual + module.dropout(X, KEY))
+
+
+@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
+@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_sum_and_its_norm(kind: Any, key: DropoutKey | None, with_bias: bool) -> None:
+    norm = kind(Placement(CTX, torch.float64, torch.device("cpu")), 5, 1e-3)
+    randomize(declared_parameters(norm))
+    bias, residual = (torch.ones(5, dtype=torch.float64) if with_bias else None), X.flip(0)
+    module = BiasDropoutAdd(CTX, 0.3, "here")
+    total, normed = module.and_norm(X, bias, residual, key, norm)
+    assert torch.equal(total, module(X, bias, residual, key))
+    assert torch.equal(normed, norm(total))

@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core.layers.norm import LayerNorm, RMSNorm
+from core.layers.norm import LayerNorm, RMSNorm, fork, takes_sum
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement, initialize_parameters
+from core.parallel.recompute import recompute_module
 from core.parallel.sharding import declared_parameters
+from core.spec import IdentityOp
 from core.testing.layouts import randomize
 
 CTX = ParallelContext.single()
@@ -41,3 +43,20 @@ def test_gradient_kind(sequence_parallel: bool, per_head: bool, grad: str) -> No
     for kind in (RMSNorm, LayerNorm):
         for declared in declared_parameters(kind(place, 8, 1e-3, per_head=per_head)).values():
             assert [copy.grad for copy in declared.sharding.copies] == [grad]
+
+
+def test_a_fork_is_the_input_and_its_norm() -> None:
+    rms, layer, none = RMSNorm(PLACE, 8, 1e-3), LayerNorm(PLACE, 8, 1e-3), IdentityOp()
+    for module in (rms, layer):
+        randomize(declared_parameters(module))
+    for norm in (rms, layer, none):
+        hidden, normed = fork(norm, X)
+        assert torch.equal(hidden, X)
+        assert torch.equal(normed, norm(X))
+    total, normed = rms(X, 2 * X, True)
+    assert torch.equal(total, 3 * X)
+    assert torch.equal(normed, rms(3 * X))
+    assert [takes_sum(norm) for norm in (rms, layer, none)] == [True, False, False]
+    recompute_module(rms)
+    assert not takes_sum(rms)
+    assert torch.equal(fork(rms, X)[1], rms(X))

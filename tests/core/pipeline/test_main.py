@@ -81,10 +81,12 @@ def test_a_measured_timeline(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     slow = simulate(schedule, Costs(work=Work(1.5, 1.5, 1.5), transfer=0.25))
     write_trace(tmp_path / "t.json", "zbv", slow.timeline)
     out = _show(capsys, *ZBV, "--from-trace", str(tmp_path / "t.json"))
-    # Simulated with the measured times, but without the transfers.
-    assert "bubble 3.03%, time 148.5" in out
+    # Simulated with the measured times, those of messages too.
+    assert f"bubble {slow.bubble:.2%}, time {slow.makespan:g}" in out
     assert f"measured: bubble {slow.bubble:.2%}, {slow.makespan:.3f} ms; in the sch" in out
     assert "zbv, measured in ms" in out
+    out = _show(capsys, *ZBV, "--from-trace", str(tmp_path / "t.json"), "--transfer", "0")
+    assert "bubble 3.03%, time 148.5" in out
     out = _show(capsys, *ZBV, "--from-trace", str(tmp_path / "t.json"), "--costs", "1,1,1")
     assert "time 99" in out
 

@@ -55,12 +55,13 @@ def _is_consistent(result: Simulation, costs: Costs) -> None:
     assert {key[0] for key in ends} == set(kinds)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("name", "stages", "chunks"), SIZES)
 def test_every_schedule_is_legal(name: str, stages: int, chunks: int, seed: int) -> None:
     """Any stages, chunks and microbatches, costs, transfer times; two receive slots per edge."""
     rng = random.Random(f"{name} {stages} {chunks} {seed}")
-    microbatches = (rng.randint(1, 2 * stages), rng.randint(1, 24), rng.randint(1, 64), 16)[seed]
+    draws = [rng.randint(*ends) for ends in ((1, 2 * stages), (1, 24), (1, 64), (33, 64))]
+    microbatches = [*draws, 16][seed]
     schedule = make_schedule(name, stages=stages, microbatches=microbatches, chunks=chunks)
     work = tuple(
         Work(*(rng.choice((0.0, 0.5, 1.0, 3.0)) for _ in range(3)))
@@ -132,6 +133,11 @@ def test_bytes() -> None:
     assert result.peak_live == (2, 1)
     assert result.peak_bytes == (20, 7)
     assert result.peak_messages[Edge(0, 1)] * 100 == result.bytes_in_flight
+    # Weight gradients that wait keep less or more than the backward passes before them.
+    apart = make_schedule("zb_h1", stages=2, microbatches=4)
+    costs = Costs(activation_bytes=(10, 7), product_bytes=(9, 6), working_bytes=(1, 20))
+    assert simulate(apart, costs).peak_bytes == (10 + 10 + 1, 6 + 7 + 20)
+    assert simulate(apart, replace(costs, working_bytes=0)).peak_bytes == (20, 6 + 7)
     # A piece with nothing trainable in or before it keeps nothing after its forward pass.
     frozen = make_schedule("1f1b", stages=2, microbatches=4, trainable=(False, True))
     assert simulate(frozen).peak_live == (1, 1)

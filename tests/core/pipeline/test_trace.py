@@ -7,9 +7,15 @@ import pytest
 
 from core.errors import DataError
 from core.pipeline.costs import Work
-from core.pipeline.schedules import make_schedule
+from core.pipeline.schedules import SCHEDULES, make_schedule
 from core.pipeline.simulate import Costs, Timed, simulate
-from core.pipeline.trace import first_deviation, measured_work, read_trace, write_trace
+from core.pipeline.trace import (
+    first_deviation,
+    measured_transfer,
+    measured_work,
+    read_trace,
+    write_trace,
+)
 
 SCHEDULE = make_schedule("zbv", stages=2, microbatches=3)
 WORK = tuple(Work(1.25 + piece, 2.5, 0.75) for piece in range(4))
@@ -37,6 +43,15 @@ def test_whole_backward_passes_count_as_input_gradient() -> None:
     timeline = simulate(schedule, Costs(work=Work(1, 2, 4))).timeline
     assert measured_work(timeline, schedule) == (Work(1, 6, 0),) * 2
     assert simulate(schedule, Costs(work=measured_work(timeline, schedule))).timeline == timeline
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_the_time_of_a_message_is_found(name: str) -> None:
+    schedule = make_schedule(name, stages=3, microbatches=5)
+    timeline = simulate(schedule, Costs(work=Work(2, 3, 1), transfer=0.25)).timeline
+    assert measured_transfer(timeline, schedule) == pytest.approx(0.25)
+    alone = make_schedule(name, stages=1, microbatches=5)
+    assert measured_transfer(simulate(alone).timeline, alone) == 0.0
 
 
 def test_another_order_is_told() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from core.checkpoint.reader import open_checkpoint
 from core.config.parallel import ParallelConfig
+from core.config.precision import PrecisionConfig
 from core.config.run import RunConfig
 from core.errors import ConfigError
 from core.parallel.context import ParallelContext
@@ -73,6 +74,30 @@ def test_stages_report_what_one_process_does(
     assert set(one) == {"embedding", "head"} == set(other)
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-12, atol=1e-12)
+
+
+def _train_half(config: RunConfig[TinyConfig]) -> None:
+    ctx = ParallelContext.create(config.parallel, torch.device("cpu"))
+    assert Trainer(TinyTask(infinite_at=(1, 3)), config, ctx).fit()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_all_stages_scale_the_loss_and_skip_alike(
+    tmp_path: Path, pool: WorkerPool, schedule: Any
+) -> None:
+    """In fp16, with a loss that is infinite on the last stage in two steps of six."""
+    precision = PrecisionConfig(dtype="fp16", initial_loss_scale=1024.0, loss_scale_hysteresis=1)
+    single = replace(tiny_run(save=tmp_path / "a"), precision=precision)
+    Trainer(TinyTask(infinite_at=(1, 3)), single, ParallelContext.single()).fit()
+    parallel = ParallelConfig(pp=2, schedule=schedule)
+    pool.run(_train_half, 2, replace(single, save=str(tmp_path / "b"), parallel=parallel))
+    expected, found = _rows(tmp_path / "a"), _rows(tmp_path / "b")
+    assert [row["loss_scale"] for row in expected] == [1024, 1024, 512, 512, 256, 256]
+    assert expected[-1]["skipped_steps"] == 2
+    for a, b in zip(expected, found, strict=True):
+        assert a.keys() == b.keys()
+        for name, value in a.items():  # null where a number is not finite
+            assert b[name] == (value if value is None else pytest.approx(value, rel=1e-3)), name
 
 
 def test_a_model_that_cannot_be_cut_is_refused() -> None:

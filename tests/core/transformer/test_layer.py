@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config.transformer import TransformerConfig
+from core.kernels import elementwise
 from core.layers.attention import (
     CoreAttention,
     CrossAttention,
@@ -16,7 +17,7 @@ from core.layers.attention import (
 from core.layers.forward_info import ForwardInfo
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.mlp import MLP, MLPSubmodules
-from core.layers.norm import LayerNorm
+from core.layers.norm import LayerNorm, RMSNorm
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
 from core.parallel.random import DropoutKey
@@ -132,3 +133,38 @@ def test_recompute_runs_a_module_twice_in_training(name: str, again: list[str]) 
         layer(_x(6).requires_grad_(), ForwardInfo(encoded=_x(4, 1))).sum().backward()
         assert {path for path, count in runs.items() if count == 2} == set(again * (expected - 1))
         assert len(runs) == 8
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("recompute", [[], ["norm", "mlp"]])
+def test_norms_that_take_the_sum_before_them(
+    monkeypatch: pytest.MonkeyPatch, recompute: list[str], dropout: float
+) -> None:
+    """The hand-written kernels in place of the plain functions; sums with dropout, and those before
+    a norm that is recomputed, stay by themselves."""
+    pytest.importorskip("triton")
+    norm: ModuleSpec[nn.Module] = ModuleSpec(RMSNorm)
+    submodules = dataclasses.replace(
+        EVERYTHING, input_norm=norm, cross_attention_norm=norm, pre_mlp_norm=norm
+    )
+    config = dataclasses.replace(CONFIG, attention_output_bias=False, hidden_dropout=dropout)
+    place = dataclasses.replace(PLACE, dtype=torch.float32)
+    layer = TransformerLayer(config, place, name="decoder.layers.3", submodules=submodules)
+    randomize(declared_parameters(layer))
+    sums: list[bool] = []
+    for name in ("input_norm", "cross_attention_norm", "pre_mlp_norm"):
+        layer.get_submodule(name).register_forward_pre_hook(
+            lambda module, args: sums.append(args[1] is not None)
+        )
+    layer.recompute_modules(recompute)
+    info = ForwardInfo(key=DropoutKey(1, 2, 3), encoded=_x(4, 1).float())
+    results = []
+    for twins in (False, True):
+        monkeypatch.setattr(elementwise, "has_triton_twin", lambda x, twins=twins: twins)
+        x = _x(6).float().requires_grad_()
+        out = layer(x, info)
+        weight = torch.arange(out.numel(), dtype=torch.float32).view(out.shape).sin()
+        results.append([out, *torch.autograd.grad((out * weight).sum(), [x, *layer.parameters()])])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    plain = bool(recompute) or dropout > 0.0
+    assert sums == [False, not plain, not plain] * 2

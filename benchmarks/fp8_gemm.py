@@ -1,0 +1,211 @@
+"""FP8 products of a linear layer beside bf16, at the shapes of one Llama-3-8B layer, and the
+kernels that quantise for them beside the copy rate. Says which way to take; a minute on one GPU.
+
+`python benchmarks/fp8_gemm.py`
+"""
+
+import itertools
+import statistics
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import tyro
+from torch import Tensor
+
+from core.data_parallel.main_grad import accumulate_gradient
+from core.errors import ConfigError
+from core.kernels.fp8 import (
+    E4M3,
+    E5M2,
+    Fp8Matrix,
+    flip,
+    quantize,
+    quantize_both,
+    scale_of_whole,
+    scaled_product,
+    scales_of_columns,
+    scales_of_rows,
+)
+
+SHAPES = {"qkv": (4096, 6144), "proj": (4096, 4096), "fc1": (4096, 28672), "fc2": (14336, 4096)}
+"""Input and output width."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is measured."""
+
+    tokens: int = 8192
+    """Tokens of a microbatch."""
+    repeats: int = 12
+    """Measurements, of which the median counts."""
+    calls: int = 4
+    """Calls in a measurement."""
+
+
+@dataclass
+class Bench:
+    """Times functions and collects lines of the table."""
+
+    work: Work
+    lines: list[str] = field(default_factory=list)
+    copy_rate: float = 0.0
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Median time of one call; inputs are larger than the cache or cold anyway."""
+        for _ in range(3):
+            run()
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(self.work.repeats + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            for _ in range(self.work.calls):
+                run()
+            mark.record()
+        torch.cuda.synchronize()
+        each = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+        return statistics.median(each) / 1e3 / self.work.calls
+
+    def rate(self, name: str, flops: float, run: Callable[[], object]) -> None:
+        """A line of time and TFLOP/s."""
+        seconds = self.seconds(run)
+        self.lines.append(
+            f"  {name:34} {seconds * 1e6:8.0f} us {flops / seconds / 1e12:7.0f} TFLOP/s"
+        )
+
+    def traffic(self, name: str, size: float, run: Callable[[], object]) -> None:
+        """A line of time, GB/s of the least traffic and its share of the copy rate."""
+        seconds = self.seconds(run)
+        rate = size / seconds
+        share = rate / self.copy_rate if self.copy_rate else 1.0
+        self.lines.append(
+            f"  {name:34} {seconds * 1e6:8.0f} us {rate / 1e9:7.0f} GB/s {share:6.2f} of copy"
+        )
+
+    @contextmanager
+    def section(self, title: str) -> Iterator[None]:
+        """One part of the table, whose failure leaves the others be."""
+        self.lines.append(title)
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.lines.append(f"  FAILED: {type(error).__name__}: {str(error)[:150]}")
+        torch.cuda.empty_cache()
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def _whole(x: Tensor, dtype: torch.dtype) -> Fp8Matrix:
+    scale = scale_of_whole(x, dtype)
+    return Fp8Matrix(quantize(x, scale, dtype), scale)
+
+
+def _by_row(x: Tensor, dtype: torch.dtype) -> Fp8Matrix:
+    scale = scales_of_rows(x, dtype)
+    return Fp8Matrix(quantize(x, scale, dtype), scale)
+
+
+def _add_to(parameter: torch.nn.Parameter, product: Callable[[], Tensor]) -> None:
+    accumulate_gradient(parameter, product())
+
+
+def products(bench: Bench, width: int, out: int) -> None:
+    """Output, input gradient and weight gradient of one layer."""
+    tokens, bf16 = bench.work.tokens, torch.bfloat16
+    x, weight, dy = _random(tokens, width), _random(out, width), _random(tokens, out)
+    flops = 2.0 * tokens * width * out
+    bench.rate("output bf16", flops, lambda: x @ weight.t())
+    bench.rate("input gradient bf16", flops, lambda: dy @ weight)
+    for name, make in (("current", _whole), ("rowwise", _by_row)):
+        a, b = make(x, E4M3), make(weight, E4M3)
+        for fast in (True, False):
+            how = f"output {name}{', fast' if fast else ''}"
+            bench.rate(how, flops, partial(scaled_product, a, b, bf16, fast=fast))
+        a, b = make(dy, E5M2), make(weight.t().contiguous(), E4M3)
+        bench.rate(f"input gradient {name}", flops, partial(scaled_product, a, b, bf16))
+
+
+def weight_gradients(bench: Bench, width: int, out: int) -> None:
+    """Ways to add a weight gradient to fp32."""
+    tokens, flops = bench.work.tokens, 2.0 * bench.work.tokens * width * out
+    x, dy = _random(tokens, width), _random(tokens, out)
+    main_grad = torch.zeros(out, width, device="cuda")
+    parameter = torch.nn.Parameter(torch.empty(out, width, device="cuda", dtype=torch.bfloat16))
+    parameter.main_grad, parameter.grad_ready = main_grad, lambda: None  # type: ignore[attr-defined]
+
+    def accumulate() -> None:
+        torch.addmm(main_grad, dy.t(), x, out_dtype=torch.float32, out=main_grad)
+
+    bench.rate("weight gradient bf16, added inside", flops, accumulate)
+    for name, make in (("current", _whole), ("rowwise", _by_row)):
+        a, b = make(dy.t().contiguous(), E5M2), make(x.t().contiguous(), E4M3)
+        for dtype in (torch.bfloat16, torch.float32):
+            if name == "rowwise" and dtype == torch.float32:
+                continue  # not offered by torch everywhere
+
+            short = str(dtype).removeprefix("torch.")
+            product = partial(scaled_product, a, b, dtype)
+            bench.rate(f"weight gradient {name}, {short}", flops, product)
+            added = partial(_add_to, parameter, product)
+            bench.rate(f"weight gradient {name}, {short}, added", flops, added)
+    a, b = _whole(dy.t().contiguous(), E5M2), _whole(x.t().contiguous(), E4M3)
+    bench.rate(
+        "weight gradient current, overwrites",
+        flops,
+        lambda: scaled_product(a, b, torch.float32, out=main_grad),
+    )
+
+
+def quantisers(bench: Bench, columns: int) -> None:
+    """Kernels that read or write a matrix of tokens."""
+    x = _random(bench.work.tokens, columns)
+    size, scale = x.numel(), scale_of_whole(x, E4M3)
+    rows, across = scales_of_rows(x, E4M3), scales_of_columns(x, E4M3)
+    data = quantize(x, scale, E4M3)
+    bench.traffic("largest of all", 2 * size, lambda: scale_of_whole(x, E4M3))
+    bench.traffic("largest of rows", 2 * size, lambda: scales_of_rows(x, E4M3))
+    bench.traffic("largest of columns", 2 * size, lambda: scales_of_columns(x, E4M3))
+    bench.traffic("quantise", 3 * size, lambda: quantize(x, scale, E4M3))
+    bench.traffic("quantise both ways", 4 * size, lambda: quantize_both(x, scale, scale, E4M3))
+    bench.traffic("the same, rowwise", 4 * size, lambda: quantize_both(x, rows, across.t(), E4M3))
+    bench.traffic("transpose of 8 bits", 2 * size, lambda: flip(Fp8Matrix(data, scale)))
+
+    @torch.compile
+    def plain(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        narrow = (x.float() * scale.reciprocal()).clamp(-448.0, 448.0).to(E4M3)
+        return narrow, narrow.t().contiguous()
+
+    bench.traffic("quantise both ways, compiled", 4 * size, lambda: plain(x, scale))
+
+
+def main() -> None:
+    work = tyro.cli(Work, description=__doc__)
+    if not torch.cuda.is_available():
+        raise ConfigError("benchmarks/fp8_gemm.py measures a GPU, and there is none")
+    torch.manual_seed(0)
+    bench = Bench(work)
+    with bench.section("copy of 1 GiB"):
+        source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        bench.copy_rate = 2 * 2**30 / bench.seconds(lambda: target.copy_(source))
+        bench.lines.append(f"  {bench.copy_rate / 1e9:.0f} GB/s")
+    for name, (width, out) in SHAPES.items():
+        with bench.section(f"{name}: {work.tokens} tokens, {width} to {out}"):
+            products(bench, width, out)
+        with bench.section(f"{name}, weight gradient"):
+            weight_gradients(bench, width, out)
+    for columns in (4096, 28672):
+        with bench.section(f"quantisation of {work.tokens} x {columns}"):
+            quantisers(bench, columns)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print("\n".join(bench.lines), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Triton kernels between GEMMs, where the compiled function is far from what its bytes take.
+
+Imported on CUDA only; the tests run these kernels on a CPU under Triton's interpreter. Legend: t
+tokens, f MLP width.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from core.kernels.elementwise import Activation
+
+jit: Callable[[Callable[..., Any]], Any] = triton.jit
+
+_GATED_BLOCK = 1024
+"""Eight 16-bit elements for each of the 128 threads of four warps: one wide load."""
+
+
+@jit
+def _gated_backward(
+    x: tl.tensor,
+    dy: tl.tensor,
+    dx: tl.tensor,
+    width: tl.tensor,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program: BLOCK columns of one token."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    at = row * 2 * width + column
+    gate = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + at + width, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(dy + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    # value is the activation of the gate, slope its derivative.
+    if KIND == "silu":
+        share = tl.sigmoid(gate)
+        value = gate * share
+        slope = share * (1.0 + gate * (1.0 - share))
+    elif KIND == "gelu":
+        share = 0.5 * (1.0 + tl.math.erf(gate * 0.7071067811865476))
+        value = gate * share
+        slope = share + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+    elif KIND == "gelu_tanh":
+        # (1 + tanh z) / 2 is the sigmoid of 2 z.
+        square = gate * gate
+        share = tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * square))
+        value = gate * share
+        inner = 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * square)
+        slope = share + value * (1.0 - share) * inner
+    else:
+        tl.static_assert(KIND == "relu")
+        value = tl.maximum(gate, 0.0)
+        slope = tl.where(gate > 0.0, 1.0, 0.0)
+    out = dx.dtype.element_ty
+    tl.store(dx + at, (grad * up * slope).to(out), mask=inside)
+    tl.store(dx + at + width, (grad * value).to(out), mask=inside)
+
+
+def gated_backward(x: Tensor, dy: Tensor, kind: "Activation") -> Tensor:
+    """Gradient of `act(gate) * up` by `[gate | up]`, in one pass; fp32 arithmetic.
+
+    Args:
+        x: `[t, 2f]`, gate first, of at most 32 bits.
+        dy: `[t, f]`.
+        kind: the activation.
+
+    Returns:
+        `[t, 2f]` in the format of `x`.
+    """
+    x, dy = x.contiguous(), dy.contiguous()
+    dx = torch.empty_like(x)
+    tokens, width = dy.shape
+    if dy.numel():
+        grid = (tokens, triton.cdiv(width, _GATED_BLOCK))
+        _gated_backward[grid](x, dy, dx, width, kind, _GATED_BLOCK)
+    return dx

@@ -1,0 +1,103 @@
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from core.checkpoint.blocks import CheckedBlocks
+from core.checkpoint.index import Index, SavedTensor
+from core.checkpoint.writer import write_checkpoint
+from core.errors import DamagedCheckpointError
+from core.parallel.sharding import whole_copy
+
+BLOCK = 256
+FILE = "rank_00000.safetensors"
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint whose file has five blocks, the last of them shorter."""
+    monkeypatch.setattr("core.checkpoint.writer.BLOCK_SIZE", BLOCK)
+    tensor = SavedTensor("x", (270,), whole_copy((270,)), torch.arange(270.0))
+    path = write_checkpoint(tmp_path, 1, [[tensor]], {})
+    assert 4 * BLOCK < (path / FILE).stat().st_size < 5 * BLOCK
+    return path
+
+
+class _Counted(CheckedBlocks):
+    """Notes which blocks are read from the disk."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, Index.read(path))
+        self.fetched: list[int] = []
+        self.begun = [threading.Event() for _ in range(5)]
+
+    def _fetch(self, name: str, number: int) -> None:
+        self.fetched.append(number)
+        self.begun[number].set()
+        super()._fetch(name, number)
+
+
+def test_blocks_come_in_order_and_the_last_is_kept(path: Path) -> None:
+    blocks, data = _Counted(path), (path / FILE).read_bytes()
+    seen: list[tuple[int, bytes]] = []
+
+    def use(start: int, block: Tensor) -> None:
+        seen.append((start, bytes(block.tolist())))
+
+    blocks.read(FILE, [0, 1, 3], use)
+    blocks.read(FILE, [3, 4], use)
+    blocks.read(FILE, [4], use)
+    blocks.read(FILE, [], use)
+    expected = [0, 1, 3, 3, 4, 4]
+    assert seen == [(n * BLOCK, data[n * BLOCK : (n + 1) * BLOCK]) for n in expected]
+    assert blocks.fetched == [0, 1, 3, 4]
+
+
+def test_the_next_block_is_read_while_one_is_used(path: Path) -> None:
+    blocks = _Counted(path)
+
+    def use(start: int, _: Tensor) -> None:
+        following = start // BLOCK + 1
+        if following < 4:
+            assert blocks.begun[following].wait(timeout=30)
+
+    blocks.read(FILE, range(4), use)
+
+
+def test_nothing_is_handed_over_from_a_damaged_block_on(path: Path) -> None:
+    data = bytearray((path / FILE).read_bytes())
+    data[2 * BLOCK + 5] ^= 1
+    (path / FILE).write_bytes(data)
+    blocks, seen = CheckedBlocks(path, Index.read(path)), list[int]()
+    with pytest.raises(DamagedCheckpointError, match="bytes 512 to 768 do not match"):
+        blocks.read(FILE, range(5), lambda start, _: seen.append(start))
+    assert seen == [0, 256]
+    # What came before is still there; the damaged block is not, though it lies in memory.
+    blocks.read(FILE, [1], lambda start, _: seen.append(start))
+    with pytest.raises(DamagedCheckpointError, match="bytes 512 to 768 do not match"):
+        blocks.read(FILE, [2], lambda start, _: seen.append(start))
+    assert seen == [0, 256, 256]
+
+
+def test_a_file_that_ends_early_or_is_gone_is_named(path: Path) -> None:
+    blocks, data = CheckedBlocks(path, Index.read(path)), (path / FILE).read_bytes()
+    (path / FILE).write_bytes(data[:-1])
+    with pytest.raises(DamagedCheckpointError, match=rf"bytes 1024 to {len(data)} do not match"):
+        blocks.read(FILE, [4], lambda *_: None)
+    (path / FILE).unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"cannot be read \(No such file"):
+        blocks.read(FILE, [0], lambda *_: None)
+
+
+def test_an_error_of_the_user_comes_through(path: Path) -> None:
+    blocks = _Counted(path)
+
+    def use(start: int, _: Tensor) -> None:
+        if start:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        blocks.read(FILE, range(5), use)
+    assert blocks.fetched == [0, 1, 2]

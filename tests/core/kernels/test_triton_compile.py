@@ -1,0 +1,77 @@
+"""Every Triton kernel compiled for an H100 or H200, which needs no GPU: the interpreter accepts
+what the compiler does not. In a process of its own, as the interpreter is chosen at import."""
+
+import importlib
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+CASES: list[tuple[str, str, str, dict[str, Any]]] = [
+    *(
+        ("triton_elementwise", "_gated_backward", f"*{dtype} *{dtype} *{dtype} i32", constants)
+        for dtype in ("bf16", "fp32")
+        for kind in ("silu", "gelu", "gelu_tanh", "relu")
+        for constants in [{"KIND": kind, "BLOCK": 1024}]
+    ),
+    *(
+        ("triton_cross_entropy", "_row_statistics", "*bf16 *fp32 i32 i32", constants)
+        for constants in ({"TOTAL": True, "BLOCK": 2048}, {"TOTAL": False, "BLOCK": 2048})
+    ),
+    (
+        "triton_cross_entropy",
+        "_write_gradient",
+        "*bf16 *i64 *fp32 i32 i32 fp32 fp32",
+        {"BLOCK": 2048},
+    ),
+    *(
+        (
+            "triton_reduction",
+            "_sum_of_squares",
+            f"*fp32 *fp64 {size}",
+            {"BLOCK": 1024, "ROUNDS": 16},
+        )
+        for size in ("i32", "i64")
+    ),
+]
+"""Module, kernel, types of its arguments (None: the argument is absent), and its constants."""
+
+
+def _compile(module: str, name: str, types: str, constants: dict[str, Any]) -> str:
+    """The kernel in PTX, with pointers and numbers that are multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"core.kernels.{module}"), name)
+    names = kernel.arg_names
+    plain = [name for name in names if name not in constants]
+    given = dict(zip(plain, types.split(), strict=True))
+    constants = {**constants, **{name: None for name, kind in given.items() if kind == "None"}}
+    plain = [name for name in names if name not in constants]
+    signature = {**dict.fromkeys(names, "constexpr"), **{name: given[name] for name in plain}}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(key),): value for key, value in constants.items()},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name in plain
+            if not signature[name].startswith("fp")
+        },
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+
+def test_kernels_compile_with_wide_loads() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, __file__], env=environment, check=True, timeout=300)
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        assert "ld.global.v4" in _compile(*case), case
