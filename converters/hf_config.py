@@ -7,7 +7,7 @@ earlier readers silently take 10000 for a theta that they do not find), so both 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from core.config.transformer import RopeConfig
 from core.errors import ConversionError
@@ -34,7 +34,58 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Fields of `RopeConfig` that each type uses; they have the same names in config.json."""
 
+ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
+"""Activations by their names in config.json. Four of them are one function, or two: the tanh form
+of GELU is written with other roundings."""
+
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base", "rotary_pct")
+"""Where classes look for their rotary embedding, in either spelling: an export writes all that its
+class knows."""
+
 _REQUIRED = ("factor", "low_freq_factor", "high_freq_factor")
+
+
+def whole_number(entries: Mapping[str, Any], key: str, name: str) -> int:
+    """A number without which a class `name` cannot be built.
+
+    Raises:
+        ConversionError: it is missing, or no whole number.
+    """
+    value = entries.get(key)
+    if not isinstance(value, int):
+        found = f"no {key}" if value is None else f"{key} {value!r}, which is no whole number"
+        raise ConversionError(f"config.json has {found}: {name} cannot be built without it")
+    return value
+
+
+def read_activation(
+    entries: Mapping[str, Any], key: str, default: str
+) -> Literal["silu", "gelu", "gelu_tanh", "relu"]:
+    """The activation that `key` names.
+
+    Raises:
+        ConversionError: it is none that a model here can have.
+    """
+    name = entries.get(key, default)
+    if name not in ACTIVATIONS:
+        raise ConversionError(
+            f"config.json has {key} {name!r}, which is not supported: known are "
+            f"{', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
+
+
+def activation_name(activation: str) -> str:
+    """The name that an activation is written under."""
+    return next(name for name, own in ACTIVATIONS.items() if own == activation)
 
 
 def read_rope(hf_config: Mapping[str, Any], default_theta: float = 10000.0) -> RopeConfig:
@@ -71,12 +122,12 @@ def read_rope(hf_config: Mapping[str, Any], default_theta: float = 10000.0) -> R
         raise ConversionError(
             f"config.json has rope_type {kind!r} without {missing[0]}: add it to rope_parameters"
         )
+    key = "partial_rotary_factor"
+    partial = hf_config.get(key) if entries.get(key) is None else entries[key]
     return RopeConfig(
         theta=float(entries.get("rope_theta") or hf_config.get("rope_theta") or default_theta),
         type=kind,
-        partial_factor=float(
-            entries.get("partial_rotary_factor") or hf_config.get("partial_rotary_factor") or 1.0
-        ),
+        partial_factor=1.0 if partial is None else float(partial),
         **values,
     )
 
@@ -143,12 +194,12 @@ def merge_config(
     for key, value in after.items():
         if key not in before or before[key] != value:
             merged[key] = value
-    rope_keys = ("rope_parameters", "rope_theta", "rope_scaling")
-    if all(key in after for key in rope_keys):
+    rope_keys = [key for key in ROPE_KEYS if key in after]
+    if "rope_parameters" in rope_keys:
         changed = any(before.get(key) != after[key] for key in rope_keys)
         # Entries that only other programs read ("finetuned") are kept as long as the rest stands.
         extra = {} if changed else _rope_entries(source)
-        merged["rope_theta"] = after["rope_theta"]
+        merged |= {key: after[key] for key in rope_keys}
         merged["rope_parameters"] = {**extra, **after["rope_parameters"]}
         scaling = after["rope_scaling"]
         extra.pop("rope_theta", None)

@@ -36,12 +36,17 @@ def always(config: Any, at: Mapping[str, int]) -> bool:
     return True
 
 
+def has(flag: Callable[[Any], object]) -> Condition:
+    """The condition of rules that hold for the models whose config has something."""
+    return lambda config, at: bool(flag(config))
+
+
 @dataclass(frozen=True)
 class Block:
     """Rows of a native tensor that are rows of one Hugging Face tensor.
 
     `count` units of `unit` rows: the first unit begins at row `start` of the Hugging Face tensor,
-    and each next one `pitch` rows further on (GPT-NeoX lays out its fused qkv head by head).
+    and each next one `pitch` rows further on (a fused qkv may be laid out head by head).
     """
 
     hf: str | tuple[str, ...]
@@ -69,8 +74,8 @@ class Rule:
     other: tuple[Size, ...] = ()
     """Sizes of all dimensions but the first."""
     transposed: bool = False
-    """The Hugging Face tensor is `[in, out]` (GPT-2's Conv1D). Said, never guessed: a square
-    weight looks the same both ways."""
+    """The Hugging Face tensor is `[in, out]` (`Conv1D`), and the rows of its blocks are columns.
+    Said, never guessed: a square weight looks the same both ways."""
     when: Condition = always
     """Whether the model has this tensor."""
     keep_float32: bool = False
@@ -98,14 +103,14 @@ class Ignore:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """Names on disk of the embedding table and of the head that may be tied to it."""
+    """Names on disk of the embedding table and of the head that may be tied to it, each with its
+    variants.
+    """
 
-    embedding: str
-    output: str
+    embedding: tuple[str, ...]
+    output: tuple[str, ...]
     field: str = "tie_embeddings"
     """Field of the model config that says whether they are one."""
-    hf_key: str = "tie_word_embeddings"
-    """Key of config.json that says so, by default false."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +119,8 @@ class LogitsProbe:
 
     native_layers: str
     """Path of the layers in the native model, as in `decoder.layers`."""
-    hf_layers: str
-    """Path of the layers in the model of `transformers`."""
+    hf_layers: Mapping[str, str]
+    """Path of the layers in the model of `transformers`, by its class."""
     logits: "Callable[[nn.Module, Tensor], Tensor]"
     """Model in evaluation mode and tokens [b, s] to the logits [b, s, vocabulary]."""
 

@@ -128,8 +128,9 @@ def _decide_tie(folder: HFFolder, family: Family, config: Any) -> Any:
     head = family.head
     if head is None or not getattr(config, head.field):
         return config
-    both = head.embedding in folder.shapes and head.output in folder.shapes
-    if both and not folder.same_bits(head.embedding, head.output):
+    tables = [name for name in head.embedding if name in folder.shapes]
+    heads = [name for name in head.output if name in folder.shapes]
+    if tables and heads and not folder.same_bits(tables[0], heads[0]):
         return dataclasses.replace(config, **{head.field: False})
     return config
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from converters.native import check_source
 from converters.rules import Family, LogitsProbe
-from converters.source import load_into, open_source
+from converters.source import Source, load_into, open_source
 from core.config.parallel import ParallelConfig
 from core.errors import ConversionError
 from core.parallel.context import ParallelContext
@@ -108,7 +108,7 @@ def verify(
         finally:
             if pool is None:
                 workers.close()
-    return _compare(source.architecture, tp, own, hf_trace(path, source.family, tokens))
+    return _compare(source.architecture, tp, own, hf_trace(path, source, tokens))
 
 
 def _probe(family: Family) -> LogitsProbe:
@@ -140,7 +140,7 @@ def native_trace(path: Path, family: Family, ctx: ParallelContext, tokens: Tenso
 
 
 @torch.no_grad()
-def hf_trace(path: Path, family: Family, tokens: Tensor) -> Trace:
+def hf_trace(path: Path, source: Source, tokens: Tensor) -> Trace:
     """Run the folder in `transformers`, in fp32 with its plain attention.
 
     Raises:
@@ -164,7 +164,7 @@ def hf_trace(path: Path, family: Family, tokens: Tensor) -> Trace:
     check_loading_info(path, info)
     model.eval()
     trace = Trace()
-    layers = model.get_submodule(_probe(family).hf_layers)
+    layers = model.get_submodule(_probe(source.family).hf_layers[source.architecture])
     with _Hooks(layers, lambda hidden: trace.hidden.append(hidden.clone())):
         trace.logits = model(input_ids=tokens, use_cache=False).logits
     return trace

@@ -54,6 +54,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 train="models.llama.train",
                 convert="models.llama.convert",
             ),
+            Family(
+                name="gpt",
+                architectures=("GPT2LMHeadModel", "GPTNeoXForCausalLM"),
+                config="models.gpt.config",
+                train="models.gpt.train",
+                convert="models.gpt.convert",
+            ),
         )
     }
 )

@@ -1,6 +1,7 @@
 """Rules of the repository that a reader may rely on."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,20 @@ def _allowed(path: Path, module: str) -> bool:
 def test_imports_go_one_way(path: Path) -> None:
     wrong = [module for module in _imports(path) if not _allowed(path, module)]
     assert not wrong, f"{path.relative_to(ROOT)} may not import {wrong}"
+
+
+def test_what_spans_families_names_none() -> None:
+    """A new family needs no change there."""
+    families = [path.parent.name for path in (ROOT / "models").glob("*/__init__.py")]
+    assert families
+    word = re.compile(rf"(?i)\b({'|'.join(families)})\b")
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in _sources("core/training", "core/pipeline", "converters")
+        for line in path.read_text().splitlines()
+        if word.search(line)
+    ]
+    assert not found
 
 
 def test_triton_is_imported_where_it_runs() -> None:

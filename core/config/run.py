@@ -13,6 +13,7 @@ from core.config.transformer import (
     TransformerConfig,
     validate_attention,
     validate_layout,
+    validate_length,
     validate_transformer,
 )
 from core.errors import ConfigError, about
@@ -59,12 +60,7 @@ class RunConfig(Generic[ModelConfigT]):
 
 
 def _sequence_fits_model(config: RunConfig[TransformerConfig]) -> None:
-    longest = config.model.max_position_embeddings
-    if config.data.seq_length > longest:
-        raise ConfigError(
-            f"--data.seq-length {config.data.seq_length} is above --model.max-position-embeddings "
-            f"{longest}: shorten the sequence, or raise the model's limit"
-        )
+    validate_length(config.model, config.data.seq_length)
 
 
 def _model_can_be_cut(config: RunConfig[TransformerConfig]) -> None:

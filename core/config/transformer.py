@@ -3,7 +3,7 @@ training.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from core.errors import ConfigError
@@ -79,8 +79,9 @@ class TransformerConfig:
     max_position_embeddings: int
     """Longest sequence the model is meant for."""
 
-    position_embedding: Literal["rope", "none"] = "rope"
-    """How positions enter."""
+    position_embedding: Literal["rope", "learned", "none"] = "rope"
+    """How positions enter: rotary in attention, or a table of max_position_embeddings vectors that
+    are added to the token vectors."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Rotary embedding, where used."""
 
@@ -108,6 +109,9 @@ class TransformerConfig:
     sliding_window_layers: tuple[int, ...] | None = None
     """Layers with the sliding window, by global index; None: every layer."""
 
+    parallel_residual: bool = False
+    """Attention and MLP of a layer read the same input, each through its own norm, and both are
+    added to it (Wang & Komatsuzaki, "GPT-J", 2021, with one norm)."""
     tie_embeddings: bool = False
     """The head is the embedding table."""
     attention_dropout: float = 0.0
@@ -280,6 +284,32 @@ def validate_transformer(config: TransformerConfig) -> None:
     """
     for rule in TRANSFORMER_RULES:
         rule(config)
+
+
+def canonical(config: TransformerConfig) -> TransformerConfig:
+    """The same architecture with every default written out, so that two can be compared."""
+    layers = tuple(i for i in range(config.num_layers) if config.window_of(i) is not None)
+    return replace(
+        config,
+        num_query_groups=config.kv_heads,
+        head_dim=config.kv_channels,
+        sliding_window_layers=layers if 0 < len(layers) < config.num_layers else None,
+        sliding_window=config.sliding_window if layers else None,
+    )
+
+
+def validate_length(config: TransformerConfig, seq_length: int) -> None:
+    """Check that a model has positions for a whole sequence.
+
+    Raises:
+        ConfigError: the sequence is longer.
+    """
+    longest = config.max_position_embeddings
+    if seq_length > longest:
+        raise ConfigError(
+            f"--data.seq-length {seq_length} is above --model.max-position-embeddings {longest}: "
+            "shorten the sequence, or raise the model's limit"
+        )
 
 
 def validate_layout(

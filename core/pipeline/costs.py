@@ -82,10 +82,11 @@ def language_model_parts(
         causal: count half of the attention matrix, as a kernel that skips the rest takes.
     """
     h, table = config.hidden_size, config.hidden_size * config.vocab_size
+    positions = h * config.max_position_embeddings if config.position_embedding == "learned" else 0
     norm = h * _norm_vectors(config.normalization)
     head = Work(2.0 * table, 2.0 * table, 2.0 * table)
     return (
-        Part(symbol="E", name="embedding", work=Work(), parameters=table),
+        Part(symbol="E", name="embedding", work=Work(), parameters=table + positions),
         *_layers(config, seq_length, causal=causal),
         Part(symbol="L", name="head and loss", work=head, parameters=table + norm),
     )

@@ -4,12 +4,13 @@ Nothing is at its default: initial biases of 0 and norms of 1 would hide a tenso
 exchanged. Head counts and widths do not divide alike, and the vocabulary divides by nothing.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+LLAMA: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "llama3": (
         "LlamaForCausalLM",
@@ -50,7 +51,74 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Name to Hugging Face class and the config entries that set it apart."""
+"""Variants of the Llama family: name to Hugging Face class and the config entries that set it
+apart."""
+
+GPT: dict[str, tuple[str, dict[str, Any]]] = {
+    # The MLP is as wide as the model: all weights but c_attn are square, so that a transpose too
+    # many or too few shows in no shape.
+    "gpt2": ("GPT2LMHeadModel", {"n_inner": 48}),
+    "gpt2_untied": (
+        "GPT2LMHeadModel",
+        {"tie_word_embeddings": False, "activation_function": "gelu"},
+    ),
+    "neox": ("GPTNeoXForCausalLM", {}),
+    "neox_serial": (
+        "GPTNeoXForCausalLM",
+        {
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_fast",
+            "rope_parameters": {
+                "rope_type": "linear",
+                "rope_theta": 3000.0,
+                "factor": 4.0,
+                "partial_rotary_factor": 1.0,
+            },
+        },
+    ),
+}
+"""Likewise of the GPT family."""
+
+VARIANTS = {**LLAMA, **GPT}
+"""All of them."""
+
+_LLAMA_SIZES: dict[str, Any] = {
+    "hidden_size": 40,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 3e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 2000.0},
+}
+_SIZES: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": {
+        "n_embd": 48,
+        "n_inner": 56,
+        "n_layer": 3,
+        "n_head": 8,
+        "n_positions": 128,
+        "layer_norm_epsilon": 3e-5,
+    },
+    "GPTNeoXForCausalLM": {
+        "hidden_size": 64,
+        "intermediate_size": 72,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 128,
+        "layer_norm_eps": 3e-5,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 2000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+}
+"""Sizes by class, where they are not those of the Llama family."""
 
 
 def tiny_hf_model(variant: str, *, seed: int = 0, **overrides: Any) -> Any:
@@ -67,18 +135,10 @@ def tiny_hf_model(variant: str, *, seed: int = 0, **overrides: Any) -> Any:
     model_class = getattr(transformers, name)
     sizes = {
         "vocab_size": 67,
-        "hidden_size": 40,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 6,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 3e-5,
         "initializer_range": 0.03,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 2000.0},
+        **_SIZES.get(name, _LLAMA_SIZES),
     }
     config = model_class.config_class(**{**sizes, **entries, **overrides})
     model = model_class(config).eval()
@@ -86,8 +146,9 @@ def tiny_hf_model(variant: str, *, seed: int = 0, **overrides: Any) -> Any:
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in key:
-                parameter.copy_(1 + 0.3 * noise)
+            if re.search(r"norm|\bln_", key):
+                # Near 1 for weights; a bias is as far from 0.
+                parameter.copy_(("weight" in key) + 0.3 * noise)
             else:
                 parameter.copy_(noise * (0.5 if parameter.dim() == 1 else 0.15))
     return model

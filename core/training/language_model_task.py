@@ -16,6 +16,7 @@ from core.config.transformer import (
     TransformerConfig,
     validate_attention,
     validate_layout,
+    validate_length,
     validate_transformer,
 )
 from core.data.builder import Datasets, build_datasets
@@ -73,6 +74,7 @@ class LanguageModelTask:
             ConfigError: it does not.
         """
         validate_transformer(self.model_config)
+        validate_length(self.model_config, data.seq_length)
         validate_layout(
             self.model_config,
             ctx.tp.size,

@@ -14,13 +14,14 @@ from core.parallel.placement import Placement
 from core.spec import IDENTITY, ModuleSpec
 from core.transformer.language_model import LanguageModel
 from core.transformer.layer import TransformerLayer, TransformerLayerSubmodules
+from core.transformer.parallel_layer import ParallelResidualLayer, ParallelResidualLayerSubmodules
 
 
 def decoder_layer_spec(
     config: TransformerConfig, backend: BackendSpecProvider, layer: int
-) -> ModuleSpec[TransformerLayer]:
+) -> ModuleSpec[Any]:
     """Layer `layer`, counted over the whole model: causal self-attention and an MLP, each after a
-    norm.
+    norm; one after the other, or side by side (`parallel_residual`).
     """
     backend = backend.for_layer(layer)
     name = f"decoder.layers.{layer}"
@@ -44,6 +45,13 @@ def decoder_layer_spec(
         MLP,
         submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=backend.row_parallel_linear()),
     )
+    if config.parallel_residual:
+        return ModuleSpec(
+            ParallelResidualLayer,
+            submodules=ParallelResidualLayerSubmodules(
+                input_norm=norm, self_attention=attention, pre_mlp_norm=norm, mlp=mlp
+            ),
+        )
     return ModuleSpec(
         TransformerLayer,
         submodules=TransformerLayerSubmodules(

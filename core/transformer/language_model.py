@@ -16,7 +16,7 @@ from core.config.parallel import RecomputeConfig
 from core.config.transformer import TransformerConfig
 from core.kernels.cross_entropy import vocab_parallel_cross_entropy
 from core.layers.dropout import Dropout
-from core.layers.embedding import VocabParallelEmbedding, VocabParallelHead
+from core.layers.embedding import LearnedPositions, VocabParallelEmbedding, VocabParallelHead
 from core.layers.forward_info import ForwardInfo
 from core.layers.rotary import RotaryEmbedding
 from core.parallel.collectives import gather_last
@@ -31,7 +31,7 @@ TABLE = "embedding.word_embeddings.weight"
 
 
 class TokenEmbedding(nn.Module):
-    """Token vectors and the dropout on them."""
+    """Token vectors, learned positions where the config has them, and the dropout on the sum."""
 
     def __init__(self, config: TransformerConfig, place: Placement, across: str | None) -> None:
         super().__init__()
@@ -42,11 +42,26 @@ class TokenEmbedding(nn.Module):
             init=normal_init(config.init_std),
             across=across,
         )
+        self.position_embeddings = None
+        if config.position_embedding == "learned":
+            self.position_embeddings = LearnedPositions(
+                place,
+                config.max_position_embeddings,
+                config.hidden_size,
+                init=normal_init(config.init_std),
+            )
         self.dropout = Dropout(place.ctx, config.hidden_dropout, "embedding.dropout")
 
-    def forward(self, tokens: Tensor, key: DropoutKey | None) -> Tensor:
-        """`[b, s]` to `[s, b, h]` (`[s / tp, b, h]` under sequence parallelism)."""
-        out: Tensor = self.dropout(self.word_embeddings(tokens), key)
+    def forward(
+        self, tokens: Tensor, key: DropoutKey | None, positions: Tensor | None = None
+    ) -> Tensor:
+        """`[b, s]` to `[s, b, h]` (`[s / tp, b, h]` under sequence parallelism); for `positions`
+        see `LearnedPositions`.
+        """
+        hidden = self.word_embeddings(tokens)
+        if self.position_embeddings is not None:
+            hidden = hidden + self.position_embeddings(tokens.shape[1], positions)
+        out: Tensor = self.dropout(hidden, key)
         return out
 
 

@@ -3,13 +3,19 @@
 `python -m models.llama.convert` is `python -m converters` bound to this family.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from converters.hf_config import read_rope, write_rope
+from converters.hf_config import (
+    activation_name,
+    read_activation,
+    read_rope,
+    whole_number,
+    write_rope,
+)
 from converters.rules import (
     Block,
     Condition,
@@ -20,8 +26,14 @@ from converters.rules import (
     Rule,
     always,
     architecture_of,
+    has,
 )
-from core.config.transformer import TransformerConfig, validate_layout, validate_transformer
+from core.config.transformer import (
+    TransformerConfig,
+    canonical,
+    validate_layout,
+    validate_transformer,
+)
 from core.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -66,17 +78,6 @@ CLASSES: Mapping[str, HFClass] = MappingProxyType(
     }
 )
 
-ACTIVATIONS: Mapping[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = MappingProxyType(
-    {
-        "silu": "silu",
-        "swish": "silu",
-        "gelu": "gelu",
-        "gelu_pytorch_tanh": "gelu_tanh",
-        "gelu_new": "gelu_tanh",
-        "relu": "relu",
-    }
-)
-
 
 def to_native(hf_config: Mapping[str, Any]) -> TransformerConfig:
     """The architecture that a config.json describes.
@@ -95,18 +96,8 @@ def to_native(hf_config: Mapping[str, Any]) -> TransformerConfig:
     entries = {**kind.defaults, **hf_config}
 
     def required(key: str) -> int:
-        value = entries.get(key)
-        if not isinstance(value, int):
-            found = f"no {key}" if value is None else f"{key} {value!r}, which is no whole number"
-            raise ConversionError(f"config.json has {found}: {name} cannot be built without it")
-        return value
+        return whole_number(entries, key, name)
 
-    activation = entries.get("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
-        raise ConversionError(
-            f"config.json has hidden_act {activation!r}, which is not supported: known are "
-            f"{', '.join(ACTIVATIONS)}"
-        )
     rope = read_rope(hf_config)
     if rope.partial_factor != 1.0:
         raise ConversionError(
@@ -126,7 +117,7 @@ def to_native(hf_config: Mapping[str, Any]) -> TransformerConfig:
         max_position_embeddings=required("max_position_embeddings"),
         rope=rope,
         norm_epsilon=float(entries.get("rms_norm_eps", 1e-6)),
-        activation=ACTIVATIONS[activation],
+        activation=read_activation(entries, "hidden_act", "silu"),
         qkv_bias=bias,
         attention_output_bias=bias and kind.biases == "option",
         mlp_bias=kind.mlp_bias and bool(entries.get("mlp_bias")),
@@ -139,18 +130,6 @@ def to_native(hf_config: Mapping[str, Any]) -> TransformerConfig:
     )
     validate_transformer(config)
     return canonical(config)
-
-
-def canonical(config: TransformerConfig) -> TransformerConfig:
-    """The same architecture with every default written out, so that two can be compared."""
-    layers = tuple(i for i in range(config.num_layers) if config.window_of(i) is not None)
-    return replace(
-        config,
-        num_query_groups=config.kv_heads,
-        head_dim=config.kv_channels,
-        sliding_window_layers=layers if 0 < len(layers) < config.num_layers else None,
-        sliding_window=config.sliding_window if layers else None,
-    )
 
 
 def _windows(
@@ -185,8 +164,7 @@ def to_hf(config: TransformerConfig, architecture: str) -> dict[str, Any]:
     """The entries of config.json for a class, as far as it can say them.
 
     Raises:
-        ConversionError: an activation without a Hugging Face name, or a hidden size that
-            transformers refuses for Llama.
+        ConversionError: a hidden size that transformers refuses for Llama.
     """
     kind = CLASSES[architecture]
     if architecture == LLAMA and config.hidden_size % config.num_attention_heads:
@@ -206,7 +184,7 @@ def to_hf(config: TransformerConfig, architecture: str) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.norm_epsilon,
-        "hidden_act": next(hf for hf, own in ACTIVATIONS.items() if own == config.activation),
+        "hidden_act": activation_name(config.activation),
         "tie_word_embeddings": config.tie_embeddings,
         "attention_dropout": config.attention_dropout,
         "initializer_range": config.init_std,
@@ -243,12 +221,8 @@ def sizes(config: TransformerConfig) -> dict[str, int]:
     }
 
 
-def _has(flag: Callable[[TransformerConfig], object]) -> Condition:
-    return lambda config, at: bool(flag(config))
-
-
-_TIED = _has(lambda config: config.tie_embeddings)
-_UNTIED = _has(lambda config: not config.tie_embeddings)
+_TIED = has(lambda config: config.tie_embeddings)
+_UNTIED = has(lambda config: not config.tie_embeddings)
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _HF, _OWN = "model.layers.{layer}.", "decoder.layers.{layer}."
 
@@ -286,22 +260,22 @@ _QKV = (
     ("self_attn.v_proj", "kv_heads"),
 )
 _GATE_UP = (("mlp.gate_proj", "ffn"), ("mlp.up_proj", "ffn"))
-_QK_NORM = _has(lambda config: config.qk_norm != "none")
-_MLP_BIAS = _has(lambda config: config.mlp_bias)
+_QK_NORM = has(lambda config: config.qk_norm != "none")
+_MLP_BIAS = has(lambda config: config.mlp_bias)
 
 RULES = (
     _table("embedding.word_embeddings.weight", (_EMBEDDING,), _UNTIED),
     # A tied table may be saved under either name.
     _table("embedding.word_embeddings.weight", (_EMBEDDING, _OUTPUT), _TIED),
     _norm(f"{_OWN}input_norm", f"{_HF}input_layernorm"),
-    *_linear("self_attention.linear_qkv", _QKV, "hidden", _has(lambda config: config.qkv_bias)),
+    *_linear("self_attention.linear_qkv", _QKV, "hidden", has(lambda config: config.qkv_bias)),
     _norm(f"{_OWN}self_attention.q_norm", f"{_HF}self_attn.q_norm", "head_dim", _QK_NORM),
     _norm(f"{_OWN}self_attention.k_norm", f"{_HF}self_attn.k_norm", "head_dim", _QK_NORM),
     *_linear(
         "self_attention.linear_proj",
         (("self_attn.o_proj", "hidden"),),
         "attention",
-        _has(lambda config: config.attention_output_bias),
+        has(lambda config: config.attention_output_bias),
     ),
     _norm(f"{_OWN}pre_mlp_norm", f"{_HF}post_attention_layernorm"),
     *_linear("mlp.linear_fc1", _GATE_UP, "hidden", _MLP_BIAS),
@@ -341,8 +315,12 @@ FAMILY = Family(
     canonical=canonical,
     incidental=TransformerConfig.INCIDENTAL,
     build_model=_build_model,
-    head=Head(embedding=_EMBEDDING, output=_OUTPUT),
-    probe=LogitsProbe(native_layers="decoder.layers", hf_layers="model.layers", logits=_logits),
+    head=Head(embedding=(_EMBEDDING,), output=(_OUTPUT,)),
+    probe=LogitsProbe(
+        native_layers="decoder.layers",
+        hf_layers=dict.fromkeys(CLASSES, "model.layers"),
+        logits=_logits,
+    ),
 )
 
 

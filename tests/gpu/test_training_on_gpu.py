@@ -1,6 +1,7 @@
 """Whole training steps on GPUs: against the CPU, over layouts, without host synchronisation, and
 resumed."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -40,13 +41,30 @@ MODEL = TransformerConfig(
     tie_embeddings=True,
     hidden_dropout=0.1,
 )
+MODELS = {
+    "llama": MODEL,
+    # Learned positions, biases and branches side by side.
+    "gpt": dataclasses.replace(
+        MODEL,
+        position_embedding="learned",
+        normalization="layernorm",
+        activation="gelu_tanh",
+        gated_mlp=False,
+        attention_output_bias=True,
+        mlp_bias=True,
+        qk_norm="none",
+        parallel_residual=True,
+    ),
+}
 
 
 class _Run:
-    def __init__(self, device: torch.device, dtype: str, config: ParallelConfig) -> None:
+    def __init__(
+        self, device: torch.device, dtype: str, config: ParallelConfig, model: str
+    ) -> None:
         self.ctx = ctx = ParallelContext.create(config, device)
         kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-        self.model = build_llama(MODEL, Placement(ctx, kind, device))
+        self.model = build_llama(MODELS[model], Placement(ctx, kind, device))
         self.parameters = declared_parameters(self.model)
         initialize_parameters(self.parameters, seed=1)
         sharing = publish_sharing(self.parameters, ctx)
@@ -77,13 +95,13 @@ class _Run:
         return total
 
 
-def _losses(device: str, dtype: str, config: ParallelConfig, steps: int = 5) -> list[float]:
+def _losses(device: str, dtype: str, config: ParallelConfig, model: str = "llama") -> list[float]:
     if device == "cuda" and torch.distributed.is_initialized():
         place = torch.device("cuda", torch.distributed.get_rank())
     else:
         place = torch.device(device)
-    run = _Run(place, dtype, config)
-    losses = torch.stack([run.step(number) for number in range(steps)])
+    run = _Run(place, dtype, config, model)
+    losses = torch.stack([run.step(number) for number in range(5)])
     if run.ctx.dp.group is not None:
         torch.distributed.all_reduce(losses, group=run.ctx.dp.group)
     run.data_parallel.wait_for_parameters()
@@ -102,13 +120,16 @@ def _agree(actual: list[float], expected: list[float], tolerance: float) -> None
         assert abs(a - b) <= tolerance * abs(b), (actual, expected)
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 1e-2)])
-def test_one_gpu_trains_as_the_cpu(expected: list[float], dtype: str, tolerance: float) -> None:
-    _agree(_losses("cuda", dtype, ParallelConfig()), expected, tolerance)
+def test_one_gpu_trains_as_the_cpu(model: str, dtype: str, tolerance: float) -> None:
+    on_cpu = _losses("cpu", "fp32", ParallelConfig(), model)
+    _agree(_losses("cuda", dtype, ParallelConfig(), model), on_cpu, tolerance)
 
 
-def test_a_step_never_waits_for_the_device() -> None:
-    run = _Run(torch.device("cuda"), "bf16", ParallelConfig())
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_never_waits_for_the_device(model: str) -> None:
+    run = _Run(torch.device("cuda"), "bf16", ParallelConfig(), model)
     for number in range(3):
         run.step(number)
     torch.cuda.synchronize()

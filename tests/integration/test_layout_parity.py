@@ -4,7 +4,7 @@ three optimizer steps."""
 import dataclasses
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ from core.testing.distributed import WorkerPool
 from core.testing.parity import assert_close, gather_regions, gather_whole
 from core.training.exchange import Exchange
 from core.training.staged_model import StagedModel
+from models.gpt.train import gpt_task
 from models.llama.train import llama_task
 
 DataParallelMode = Literal["zero1", "replicated"]
@@ -46,6 +47,15 @@ BASE = TransformerConfig(
     vocab_size=67,
     max_position_embeddings=64,
 )
+BIASED: dict[str, Any] = {
+    "normalization": "layernorm",
+    "gated_mlp": False,
+    "activation": "gelu",
+    "qkv_bias": True,
+    "attention_output_bias": True,
+    "mlp_bias": True,
+}
+HALF_ROTATED = RopeConfig(partial_factor=0.5)
 MODELS = {
     # Everything a layer can have: biases, query norms, window, tied head, key heads fewer than tp
     # 4.
@@ -72,7 +82,25 @@ MODELS = {
     "layernorm": dataclasses.replace(
         BASE, normalization="layernorm", gated_mlp=False, activation="gelu_tanh", mlp_bias=True
     ),
+    # A GPT-2: learned positions of which the sequence takes the first, all biases, a tied head.
+    "gpt": dataclasses.replace(
+        BASE, num_query_groups=None, position_embedding="learned", tie_embeddings=True, **BIASED
+    ),
+    # A GPT-NeoX: branches side by side, rotary embedding on half of each head.
+    "neox": dataclasses.replace(
+        BASE, num_query_groups=None, rope=HALF_ROTATED, parallel_residual=True, **BIASED
+    ),
+    # Both at once, and enough for 8 pieces.
+    "deep gpt": dataclasses.replace(
+        BASE,
+        num_layers=6,
+        position_embedding="learned",
+        parallel_residual=True,
+        tie_embeddings=True,
+        **BIASED,
+    ),
 }
+GPT = ("gpt", "neox", "deep gpt")
 
 
 @dataclass(frozen=True)
@@ -177,7 +205,8 @@ class _Run:
             ),
         )
         dtype = torch.float64 if case.dtype == "fp64" else torch.float32
-        self.model = StagedModel(llama_task(config), config, ctx, dtype)
+        task = (gpt_task if case.model in GPT else llama_task)(config)
+        self.model = StagedModel(task, config, ctx, dtype)
         self.data_parallel, sharing = self.model.data_parallel, self.model.sharing
         self.parameters = self.data_parallel.parameters
         initialize_parameters(_randomized(self.parameters), seed=3)
@@ -270,6 +299,22 @@ def test_layout_equals_one_process(pool: WorkerPool, layout: Layout) -> None:
     _compare(pool, layout, [Case("rich", 0.2, label_smoothing=0.1), Case("plain")])
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(2, 1, True),
+        Layout(4, 2, True),
+        Layout(2, 2),
+        Layout(1, 2, mode="replicated"),
+        Layout(2, 2, True, pp=2, microbatches=2),
+        Layout(1, 1, pp=2, schedule="zb_h1", microbatches=8),
+    ],
+    ids=str,
+)
+def test_gpt_equals_one_process(pool: WorkerPool, layout: Layout) -> None:
+    _compare(pool, layout, [Case("gpt", 0.2), Case("neox", 0.2), Case("gpt", steps=1)])
+
+
 RECOMPUTES = [
     RecomputeConfig(granularity="full", num_layers=2),
     RecomputeConfig(granularity="full", method="block"),
@@ -287,7 +332,11 @@ FP8_CASES: list[tuple[Literal["current", "rowwise"], RecomputeConfig]] = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_model_and_recompute(pool: WorkerPool, layout: Layout) -> None:
     cases = [Case(model, dropout) for model in MODELS for dropout in (0.0, 0.2)]
-    cases += [Case("rich", 0.2, recompute=recompute) for recompute in RECOMPUTES]
+    cases += [
+        Case(model, 0.2, recompute=recompute)
+        for model in ("rich", "neox")
+        for recompute in RECOMPUTES
+    ]
     _compare(pool, layout, cases)
 
 
@@ -353,6 +402,7 @@ def test_pipeline_equals_one_process(pool: WorkerPool, layout: Layout) -> None:
 )
 def test_every_pipeline(pool: WorkerPool, layout: Layout) -> None:
     cases = [Case("deep", 0.2), Case("deep untied", 0.1, label_smoothing=0.1)]
+    cases += [Case("deep gpt", 0.2), Case("deep gpt", steps=2)]
     cases += [Case("deep", 0.2, steps=2, recompute=recompute) for recompute in RECOMPUTES]
     _compare(pool, layout, cases)
 

@@ -17,13 +17,18 @@ def test_llama_converts_its_classes(architecture: str) -> None:
     assert family_for_architecture(architecture) is family("llama")
 
 
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "GPTNeoXForCausalLM"])
+def test_gpt_converts_its_classes(architecture: str) -> None:
+    assert family_for_architecture(architecture) is family("gpt")
+
+
 def test_unknown_architecture_names_the_nearest() -> None:
     with pytest.raises(ConversionError, match=r"architecture LlamaForCasualLM: .*LlamaForCausalLM"):
         family_for_architecture("LlamaForCasualLM")
 
 
 def test_foreign_architecture_lists_all() -> None:
-    with pytest.raises(ConversionError, match=r"choose one of LlamaForCausalLM, .*Qwen3"):
+    with pytest.raises(ConversionError, match=r"choose one of GPT2LMHeadModel, .*Llama.*Qwen3"):
         family_for_architecture("Whisper")
 
 
@@ -31,6 +36,7 @@ def test_presets_have_one_family() -> None:
     names = Counter(name for item in FAMILIES.values() for name in item.presets())
     assert [name for name, count in names.items() if count > 1] == []
     assert family_for_preset("llama3.2-1b") is family("llama")
+    assert family_for_preset("gpt2-xl") is family("gpt")
 
 
 def test_unknown_preset_names_the_nearest() -> None:

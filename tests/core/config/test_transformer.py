@@ -58,6 +58,11 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         {"position_embedding": "none", "rope": RopeConfig(theta=5.0)},
         "do nothing with position_embedding none",
     ),
+    (
+        "_rope_is_complete",
+        {"position_embedding": "learned", "rope": RopeConfig(partial_factor=0.25)},
+        "do nothing with position_embedding learned",
+    ),
     ("_window_is_used", {"sliding_window": 0}, "sliding_window is 0: it must be at least 1"),
     ("_window_is_used", {"sliding_window_layers": (0,)}, "does nothing without sliding_window"),
     (
@@ -80,6 +85,7 @@ SOUND: list[dict[str, Any]] = [
     {"rope": RopeConfig(type="linear", factor=2.0)},
     {"rope": RopeConfig(type="yarn", factor=2.0, original_max_position_embeddings=32)},
     {"position_embedding": "none"},
+    {"position_embedding": "learned", "parallel_residual": True},
     {"sliding_window": 1},
     {"sliding_window": 8, "sliding_window_layers": (0, 3)},
     {"attention_dropout": 0.1, "hidden_dropout": 0.999},

@@ -72,13 +72,18 @@ class Case:
     tp: int = 1
     sp: bool = False
     tied: bool = False
+    gpt: bool = False
+    """Learned positions, and the branches of a layer side by side."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     moments: str = "fp32"
     fp8: str = "none"
 
     @property
     def model(self) -> TransformerConfig:
-        return dataclasses.replace(MODEL, tie_embeddings=self.tied)
+        model = dataclasses.replace(MODEL, tie_embeddings=self.tied, parallel_residual=self.gpt)
+        if not self.gpt:
+            return model
+        return dataclasses.replace(model, position_embedding="learned", max_position_embeddings=18)
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -194,8 +199,8 @@ def _outcome(case: Case) -> Outcome:
 
 
 @lru_cache(maxsize=8)
-def _one_process(tied: bool) -> Outcome:
-    return Run(Case("zero1", tied=tied), ParallelContext.single()).outcome()
+def _one_process(tied: bool, gpt: bool = False) -> Outcome:
+    return Run(Case("zero1", tied=tied, gpt=gpt), ParallelContext.single()).outcome()
 
 
 def _assert_equal(actual: Outcome, expected: Outcome, tolerance: float) -> None:
@@ -223,6 +228,15 @@ def test_layouts_equal_one_process_and_zero1(
     _assert_equal(actual, _one_process(tied), TOLERANCE)
     zero1 = pool.run(_outcome, tp * dp, dataclasses.replace(case, mode="zero1"))[0]
     _assert_equal(actual, zero1, TOLERANCE)
+
+
+@pytest.mark.parametrize(("tp", "dp", "sp"), [(1, 4, False), (2, 2, True)])
+def test_learned_positions_are_cut_like_all_parameters(
+    pool: WorkerPool, tp: int, dp: int, sp: bool
+) -> None:
+    actual = pool.run(_outcome, tp * dp, Case(tp=tp, sp=sp, tied=True, gpt=True))[0]
+    assert actual.gradients["embedding.position_embeddings.weight"].shape == (18, 34)
+    _assert_equal(actual, _one_process(True, gpt=True), TOLERANCE)
 
 
 RECOMPUTES = [

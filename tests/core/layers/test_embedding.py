@@ -1,8 +1,10 @@
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.layers.embedding import VocabParallelEmbedding, VocabParallelHead
+from core.errors import ConfigError
+from core.layers.embedding import LearnedPositions, VocabParallelEmbedding, VocabParallelHead
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
 from core.parallel.random import ZEROS
@@ -59,3 +61,33 @@ def test_tied_head_uses_the_table_itself() -> None:
     ours = torch.autograd.grad(head(table(TOKENS).tanh()).sin().sum(), table.weight)[0]
     theirs = torch.autograd.grad(loss(table.weight), table.weight)[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def _positions() -> LearnedPositions:
+    module = LearnedPositions(PLACE, 7, 6, init=ZEROS)
+    randomize(declared_parameters(module))
+    return module
+
+
+@pytest.mark.parametrize(
+    "given", [None, [0, 1, 2, 3], [3, 4, 5, 6], [[0, 1, 2, 3], [0, 1, 0, 1]]], ids=str
+)
+def test_positions_are_rows_of_their_table(given: list[int] | list[list[int]] | None) -> None:
+    module = _positions()
+    positions = None if given is None else torch.tensor(given)
+    out = module(4, positions)
+    rows = torch.tensor(given or [0, 1, 2, 3])
+    assert out.shape == (4, rows.shape[0] if rows.dim() == 2 else 1, 6)
+    plain = module.weight[rows]
+    expected = plain.transpose(0, 1) if rows.dim() == 2 else plain[:, None]
+    assert torch.equal(out, expected)
+    weight = torch.randn_like(out)
+    (ours,) = torch.autograd.grad((out * weight).sum(), module.weight)
+    (theirs,) = torch.autograd.grad((expected * weight).sum(), module.weight)
+    torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-14)
+
+
+def test_a_sequence_longer_than_the_table_is_refused() -> None:
+    assert _positions()(7).shape[0] == 7
+    with pytest.raises(ConfigError, match="8 tokens is longer than the model's 7 learned"):
+        _positions()(8)

@@ -19,7 +19,7 @@ from core.layers.attention import (
     SelfAttentionSubmodules,
 )
 from core.layers.dropout import Dropout
-from core.layers.embedding import VocabParallelEmbedding, VocabParallelHead
+from core.layers.embedding import LearnedPositions, VocabParallelEmbedding, VocabParallelHead
 from core.layers.forward_info import ForwardInfo
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.mlp import MLP, MLPSubmodules
@@ -34,6 +34,7 @@ from core.testing.distributed import WorkerPool
 from core.testing.layouts import LayerCase, run_case
 from core.testing.parity import assert_close
 from core.transformer.layer import TransformerLayer, TransformerLayerSubmodules
+from core.transformer.parallel_layer import ParallelResidualLayer, ParallelResidualLayerSubmodules
 
 CPU = torch.device("cpu")
 LAYOUTS = [(2, False), (2, True), (4, False), (4, True)]
@@ -123,6 +124,18 @@ def _embedding(vocab: int) -> Callable[[Placement], LayerCase]:
     def build(place: Placement) -> LayerCase:
         module = VocabParallelEmbedding(place, vocab, H, init=ZEROS)
         return LayerCase(module, lambda: module(_tokens(vocab)))
+
+    return build
+
+
+def _positions(*, packed: bool) -> Callable[[Placement], LayerCase]:
+    def build(place: Placement) -> LayerCase:
+        module = LearnedPositions(place, 11, H, init=ZEROS)
+        positions = torch.arange(S).roll(3) if packed else None
+        given = None if positions is None else torch.stack([positions, positions % 2, positions])
+        # Added to something of the whole batch, as positions are.
+        inputs = ((_x(S, B, H), "sequence"),)
+        return LayerCase(module, lambda x: x + module(S, given), inputs)  # type: ignore[arg-type]
 
     return build
 
@@ -270,6 +283,27 @@ def _layer(
     return build
 
 
+def _parallel_layer(**changes: Any) -> Callable[[Placement], LayerCase]:
+    def build(place: Placement) -> LayerCase:
+        config = _config(**changes)
+        norm = BACKEND.norm(config.normalization)
+        parts = ParallelResidualLayerSubmodules(
+            input_norm=norm,
+            self_attention=_self_attention_spec(config, causal=True),
+            pre_mlp_norm=norm,
+            mlp=ModuleSpec(MLP, submodules=MLPSubmodules(COLUMN, ROW)),
+        )
+        module = ParallelResidualLayer(config, place, name="decoder.layers.1", submodules=parts)
+
+        def forward(x: Tensor) -> Tensor:
+            out: Tensor = module(x, _info(config))
+            return out
+
+        return LayerCase(module, forward, ((_x(S, B, H), "sequence"),))
+
+    return build
+
+
 DROPOUT: dict[str, Any] = {"attention_dropout": 0.2, "hidden_dropout": 0.3}
 
 CASES: dict[str, Callable[[Placement], LayerCase]] = {
@@ -281,6 +315,8 @@ CASES: dict[str, Callable[[Placement], LayerCase]] = {
     "row, bias left to the caller": _row(bias=True, skip_bias_add=True),
     "embedding": _embedding(67),
     "embedding, ranks without tokens": _embedding(9),
+    "positions": _positions(packed=False),
+    "positions, packed": _positions(packed=True),
     "head": _head(67),
     "head, ranks without tokens": _head(9),
     "head tied to the embedding": _tied,
@@ -307,6 +343,8 @@ CASES: dict[str, Callable[[Placement], LayerCase]] = {
         cross=True, post=True, normalization="layernorm", **BIASES, **DROPOUT
     ),
     "layer, dropout": _layer(**DROPOUT),
+    "parallel layer": _parallel_layer(**BIASES),
+    "parallel layer, dropout": _parallel_layer(normalization="layernorm", **BIASES, **DROPOUT),
 }
 
 

@@ -58,6 +58,7 @@ def test_a_linear_layer_costs_the_same_three_times_and_scores_have_no_weights() 
     "changes",
     [
         {},
+        {"position_embedding": "learned", "parallel_residual": True},
         {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True},
         {"normalization": "layernorm", "qk_norm": "rmsnorm", "gated_mlp": False},
         {"qk_norm": "layernorm"},

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.config.parallel import ParallelConfig, RecomputeConfig
-from core.config.transformer import TransformerConfig
+from core.config.transformer import RopeConfig, TransformerConfig
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement, initialize_parameters
 from core.parallel.random import DropoutKey
@@ -23,6 +23,7 @@ B, S, VOCAB = 3, 8, 67
 KEY = DropoutKey(seed=5, step=2, first_sample=9)
 LAYOUTS = [(2, False), (2, True), (4, False), (4, True)]
 DROPOUT = {"attention_dropout": 0.2, "hidden_dropout": 0.3}
+GPT = {"normalization": "layernorm", "gated_mlp": False, "activation": "gelu", "mlp_bias": True}
 FULL = RecomputeConfig(granularity="full", num_layers=2)
 SELECTIVE = RecomputeConfig(granularity="selective", modules=("core_attention", "mlp", "norm"))
 CASES: dict[str, tuple[dict[str, Any], RecomputeConfig | None]] = {
@@ -30,6 +31,14 @@ CASES: dict[str, tuple[dict[str, Any], RecomputeConfig | None]] = {
     "tied": ({"tie_embeddings": True, "qk_norm": "rmsnorm"}, None),
     "dropout": ({**DROPOUT, "qkv_bias": True, "mlp_bias": True}, None),
     "dropout, full recompute": (DROPOUT, FULL),
+    "learned positions, tied, dropout": (
+        {**DROPOUT, "position_embedding": "learned", "max_position_embeddings": S, **GPT},
+        None,
+    ),
+    "parallel residual, dropout, selective recompute": (
+        {**DROPOUT, "parallel_residual": True, "rope": RopeConfig(partial_factor=0.5), **GPT},
+        SELECTIVE,
+    ),
     "tied, dropout, selective recompute": ({**DROPOUT, "tie_embeddings": True}, SELECTIVE),
 }
 
@@ -145,6 +154,28 @@ def test_without_positions_order_is_known_from_the_mask_alone() -> None:
     swapped = tokens[:, [1, 0, *range(2, S)]]
     last = model.logits(tokens)[:, -1], model.logits(swapped)[:, -1]
     torch.testing.assert_close(*last, rtol=1e-10, atol=1e-10)
+
+
+def test_learned_positions_are_added_before_dropout() -> None:
+    config = _config(position_embedding="learned", hidden_dropout=0.5)
+    model = build_llama(config, _place())
+    randomize(declared_parameters(model))
+    assert model.rotary is None
+    embedding, (tokens, _) = model.embedding, _tokens()
+    assert embedding is not None
+    assert embedding.position_embeddings is not None
+    table = embedding.position_embeddings.weight
+    added = embedding.word_embeddings(tokens) + table[:S, None]
+    assert torch.equal(embedding(tokens, None), added)
+    dropped = embedding(tokens, KEY)
+    kept = dropped != 0
+    assert 0.3 < kept.double().mean().item() < 0.7
+    torch.testing.assert_close(dropped[kept], added[kept] / 0.5)
+    # A row of its own for every position, and none for those beyond the sequence.
+    model(*_tokens()).sum().backward()
+    assert table.grad is not None
+    assert table.grad[:S].abs().amax(1).min().item() > 0.0
+    assert table.grad[S:].abs().max().item() == 0.0
 
 
 def test_names() -> None:

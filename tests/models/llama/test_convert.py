@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from converters.hf_config import differing_fields
-from core.config.transformer import RopeConfig, TransformerConfig
+from core.config.transformer import RopeConfig, TransformerConfig, canonical
 from core.errors import ConfigError, ConversionError
-from core.testing.hf_models import VARIANTS
-from models.llama.convert import CLASSES, FAMILY, canonical, to_hf, to_native
+from core.testing.hf_models import LLAMA
+from models.llama.convert import CLASSES, FAMILY, to_hf, to_native
 from models.registry import FAMILIES
 
 SIZES: dict[str, Any] = {
@@ -27,11 +27,11 @@ def entries(architecture: str, **more: Any) -> dict[str, Any]:
     return {"architectures": [architecture], **SIZES, **more}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LLAMA)
 def test_every_field_says_what_transformers_reads(tmp_path: Path, variant: str) -> None:
     import transformers
 
-    name, special = VARIANTS[variant]
+    name, special = LLAMA[variant]
     given = entries(
         name,
         num_key_value_heads=2,

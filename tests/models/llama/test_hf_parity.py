@@ -13,7 +13,7 @@ from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
 from core.parallel.sharding import declared_parameters
 from core.testing.distributed import WorkerPool
-from core.testing.hf_models import VARIANTS, save_hf_model, tiny_hf_model
+from core.testing.hf_models import LLAMA, save_hf_model, tiny_hf_model
 from models.llama.convert import FAMILY
 from models.llama.model import build_llama
 
@@ -44,7 +44,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ten
     """Every variant: its folder, and the logits of transformers."""
     root = tmp_path_factory.mktemp("models")
     found = {}
-    for variant in VARIANTS:
+    for variant in LLAMA:
         with torch.no_grad():
             logits = tiny_hf_model(variant)(_tokens()).logits
         found[variant] = (save_hf_model(root / variant, variant), logits)
