@@ -47,6 +47,11 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts."""
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that a model is to go on from, with the special tokens that the tokenizer
+        itself puts before a text (Llama's `<s>`).
+        """
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`."""
 
@@ -99,6 +104,10 @@ class ByteTokenizer:
         """The bytes of several texts."""
         return [self.encode(text) for text in texts]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The bytes of `text`."""
+        return self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the bytes among `ids`; broken characters are marked."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")
@@ -148,6 +157,18 @@ class HuggingFaceTokenizer:
             verbose=False,
         )["input_ids"]
         return list(ids)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of `text` after the special tokens that the tokenizer puts before a text; those that
+        it puts at an end are left out.
+        """
+        before = list(self._tokenizer("", verbose=False)["input_ids"])
+        whole = list(self._tokenizer(text, verbose=False)["input_ids"])
+        plain = self.encode(text)
+        for count in range(len(before) + 1):
+            if whole[: count + len(plain)] == before[:count] + plain:
+                return before[:count] + plain
+        return plain
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included."""
@@ -210,6 +231,10 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts."""
         return [self.encode(text) for text in texts]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of `text`: as in corpora, without special pieces."""
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`."""

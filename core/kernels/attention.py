@@ -63,10 +63,17 @@ class AttentionDropout:
     """Query heads of the whole layer."""
 
 
-def visible(pattern: AttentionPattern, s: int, z: int, device: torch.device) -> Tensor:
-    """Boolean `[s, z]`, true where a query sees a key."""
-    query = torch.arange(s, device=device)[:, None]
-    key = torch.arange(z, device=device)[None, :]
+@dataclass(frozen=True)
+class QueryPositions:
+    """Queries whose place differs from row to row of a batch: those of generation."""
+
+    positions: Tensor
+    """int64 `[b, s]`: of each query among the keys, which stand at 0 to z - 1."""
+
+
+def visible(pattern: AttentionPattern, query: Tensor, z: int) -> Tensor:
+    """Boolean `[..., s, z]`, true where queries at positions `[..., s]` see keys 0 to z - 1."""
+    query, key = query[..., None], torch.arange(z, device=query.device)
     seen = query >= key
     window = pattern.window_for(z)
     return seen if window is None else seen & (query - key < window)
@@ -78,10 +85,12 @@ def attention(
     v: Tensor,
     pattern: AttentionPattern,
     dropout: AttentionDropout | None = None,
+    mask: QueryPositions | None = None,
 ) -> Tensor:
     """`softmax(q k^T * scale) v` for grouped queries.
 
-    On CUDA: cuDNN or flash attention; flex attention for a sliding window. With dropout, CUDA
+    On CUDA: cuDNN or flash attention; flex attention for a sliding window; torch's choice of kernel
+    with an explicit mask for generated tokens, whose few queries leave little to compute. With dropout, CUDA
     kernels draw their mask from a generator seeded by layer, step, first sample and first head: the
     one number in the project that differs between layouts. On a CPU the mask is a hash of the
     global index, like every other.
@@ -92,6 +101,7 @@ def attention(
         v: `[z, b, g, d]`.
         pattern: which keys are seen.
         dropout: None in evaluation.
+        mask: what else is hidden, row by row.
 
     Returns:
         `[s, b, n, d]`, in memory as the kernel likes.
@@ -101,7 +111,10 @@ def attention(
     """
     qh, kh, vh = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     window = pattern.window_for(kh.shape[2])
-    if dropout is not None and not q.is_cuda:
+    if mask is not None:
+        assert dropout is None and pattern.causal, "tokens are generated from left to right"
+        out = _masked(qh, kh, vh, pattern, visible(pattern, mask.positions, kh.shape[2]))
+    elif dropout is not None and not q.is_cuda:
         out = _explicit(qh, kh, vh, pattern, dropout)
     elif window is not None:
         if dropout is not None:
@@ -140,14 +153,26 @@ def _sdpa(
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, window: int) -> Tensor:
-    gqa = q.shape[1] != k.shape[1]
     if not q.is_cuda:
-        mask = visible(pattern, q.shape[2], k.shape[2], q.device)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=pattern.scale, enable_gqa=gqa
-        )
+        return _masked(q, k, v, pattern, _causal(pattern, q, k))
+    gqa = q.shape[1] != k.shape[1]
     blocks = _block_mask(q.shape[2], k.shape[2], window, q.device)
     return _compiled_flex()(q, k, v, block_mask=blocks, scale=pattern.scale, enable_gqa=gqa)
+
+
+def _causal(pattern: AttentionPattern, q: Tensor, k: Tensor) -> Tensor:
+    return visible(pattern, torch.arange(q.shape[2], device=q.device), k.shape[2])
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, seen: Tensor) -> Tensor:
+    """With an explicit mask, `[s, z]` or `[b, s, z]`. The queries of a group stand one after
+    another in its one head, as fused kernels take no mask together with grouped queries.
+    """
+    repeat = q.shape[1] // k.shape[1]
+    grouped = q.unflatten(1, (k.shape[1], repeat)).flatten(2, 3)
+    mask = torch.cat([seen if seen.dim() == 2 else seen[:, None]] * repeat, dim=-2)
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=pattern.scale)
+    return out.unflatten(2, (repeat, -1)).flatten(1, 2)
 
 
 @functools.cache
@@ -175,7 +200,7 @@ def _explicit(
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     scores = upcast(q @ k.transpose(-1, -2)) * pattern.scale
     if pattern.causal:
-        scores = scores.masked_fill(~visible(pattern, s, z, q.device), float("-inf"))
+        scores = scores.masked_fill(~_causal(pattern, q, k), float("-inf"))
     weights = scores.softmax(-1)
     sample = torch.arange(b, device=q.device) + dropout.key.first_sample
     head = torch.arange(n, device=q.device) + dropout.first_head

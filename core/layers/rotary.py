@@ -104,3 +104,11 @@ class RotaryEmbedding:
                 self._tables[device] = cos.to(device), sin.to(device)
         cos, sin = self._tables[device]
         return cos[start:end], sin[start:end]
+
+    def at(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Rows of the tables for int64 positions `[b, s]`, all below `length`: two fp32 tensors
+        `[s, b, r]`.
+        """
+        cos, sin = self(length, positions.device)
+        rows = positions.t()
+        return cos[rows], sin[rows]

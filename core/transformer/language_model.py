@@ -10,10 +10,12 @@ Legend: b batch, s sequence, h width, v this rank's part of the vocabulary.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from core.config.parallel import RecomputeConfig
 from core.config.transformer import TransformerConfig
+from core.generation.cache import KeyValueCache
 from core.kernels.cross_entropy import vocab_parallel_cross_entropy
 from core.layers.dropout import Dropout
 from core.layers.embedding import VocabParallelEmbedding, VocabParallelHead
@@ -102,17 +104,29 @@ class LanguageModel(nn.Module):
             )
 
     def hidden_states(
-        self, tokens: Tensor, key: DropoutKey | None = None, received: Tensor | None = None
+        self,
+        tokens: Tensor,
+        key: DropoutKey | None = None,
+        received: Tensor | None = None,
+        *,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """`[b, s]` to the input of the head, `[s, b, h]` (`[s / tp, b, h]` under sequence
         parallelism); without the embedding, from `received`, hidden states of that shape.
+
+        With a cache, which says at which positions they stand, the tokens go on from those before.
         """
+        length, positions = tokens.shape[1], None
+        if cache is not None and cache.positions is not None:
+            length, positions = cache.capacity, cache.positions
         rotary = None
-        if self.rotary is not None:
-            rotary = self.rotary(tokens.shape[1], tokens.device)
+        if self.rotary is not None and positions is None:
+            rotary = self.rotary(length, tokens.device)
+        elif self.rotary is not None:
+            rotary = self.rotary.at(positions, length)
         hidden = received if self.embedding is None else self.embedding(tokens, key)
         assert hidden is not None
-        out: Tensor = self.decoder(hidden, ForwardInfo(rotary, key))
+        out: Tensor = self.decoder(hidden, ForwardInfo(rotary, key, cache=cache))
         return out
 
     def forward(
@@ -147,9 +161,19 @@ class LanguageModel(nn.Module):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of the whole vocabulary, `[b, s, vocab]`, on every rank: an all-gather over tp."""
+        return self._logits(self.hidden_states(tokens)).transpose(0, 1)
+
+    def next_logits(self, tokens: Tensor, cache: KeyValueCache, last: Tensor) -> Tensor:
+        """Logits of what follows token `last` (int64 `[b]`, a place in `tokens`) of every row,
+        `[b, vocab]`, on every rank: an all-gather over tp.
+        """
+        hidden = self.hidden_states(tokens, cache=cache)
+        rows = torch.arange(tokens.shape[0], device=tokens.device)
+        return self._logits(hidden[last, rows][None])[0]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         assert self.output_layer is not None, "a piece without the head has no logits"
-        local = self.output_layer(self.hidden_states(tokens))
-        whole = gather_last(local, self.output_layer.part.axis)
+        whole = gather_last(self.output_layer(hidden), self.output_layer.part.axis)
         # Every rank's columns are padded alike, and padding rows come after all tokens of the last
         # ranks.
-        return whole[..., : self.config.vocab_size].transpose(0, 1)
+        return whole[..., : self.config.vocab_size]

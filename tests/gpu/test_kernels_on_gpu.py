@@ -118,7 +118,7 @@ def _attention_reference(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPatt
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * pattern.scale
     if pattern.causal:
-        mask = visible(pattern, q.shape[2], k.shape[2], q.device)
+        mask = visible(pattern, torch.arange(q.shape[2], device=q.device), k.shape[2])
         scores = scores.masked_fill(~mask, float("-inf"))
     return (scores.softmax(-1) @ v).permute(2, 0, 1, 3)
 

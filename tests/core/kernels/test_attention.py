@@ -93,9 +93,9 @@ def test_bf16(name: str) -> None:
 
 
 def test_visible_counts_the_token_itself() -> None:
-    seen = visible(AttentionPattern(True, 1.0, window=2), 4, 4, CPU)
+    seen = visible(AttentionPattern(True, 1.0, window=2), torch.arange(4), 4)
     assert seen.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
-    seen = visible(AttentionPattern(True, 1.0), 3, 3, CPU)
+    seen = visible(AttentionPattern(True, 1.0), torch.arange(3), 3)
     assert seen.int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
 
 
