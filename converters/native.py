@@ -190,6 +190,11 @@ def export_checkpoint(
 
 
 def family_of(reader: CheckpointReader) -> Family:
+    """The conversion table of a checkpoint's model family.
+
+    Raises:
+        ConversionError: the checkpoint names none, or one that is not known.
+    """
     name = reader.sections.get("family")
     if not isinstance(name, str):
         raise ConversionError(

@@ -28,6 +28,10 @@ class DataConfig:
     each corpus. May be shared by all nodes or local to each."""
     mask_eod_loss: bool = False
     """Leave out of the loss what the model predicts at an end-of-document token."""
+    reset_attention_mask: bool = False
+    """A token sees its own document alone, and positions begin again in each, as Megatron-LM's
+    --reset-attention-mask with --reset-position-ids; what the last token of a document says of the
+    next one is left out of the loss."""
     keep_partial_valid: bool = False
     """Pad the tokens left over at the end of the validation set to one more sample, as
     Megatron-LM's `drop_last_partial_validation_sequence=False`; it changes the order of samples."""
@@ -37,6 +41,11 @@ class DataConfig:
     """Steps that each loader process keeps ready."""
     synthetic: bool = False
     """Random tokens in place of corpora, for benchmarks."""
+
+    @property
+    def separate_documents(self) -> bool:
+        """Whether samples hold several documents that attention must not cross."""
+        return self.reset_attention_mask
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,11 @@ def _source_is_named(config: DataConfig) -> None:
     if config.synthetic and given:
         raise ConfigError(
             f"--data.synthetic reads no corpus, but --data.{given[0]} names one: leave one out"
+        )
+    if config.synthetic and config.reset_attention_mask:
+        raise ConfigError(
+            "--data.reset-attention-mask does nothing with --data.synthetic, which has no "
+            "documents: leave one out"
         )
     if not config.synthetic and not config.train:
         raise ConfigError(

@@ -80,7 +80,12 @@ def _pipeline_can_be_cut(config: RunConfig[TransformerConfig]) -> None:
 def _attention_has_a_kernel(config: RunConfig[TransformerConfig]) -> None:
     # What `auto` will find is not known here: the task looks again on its device.
     with about("--model"):
-        validate_attention(config.model, config.device, seq_length=config.data.seq_length)
+        validate_attention(
+            config.model,
+            config.device,
+            seq_length=config.data.seq_length,
+            separate_documents=config.data.separate_documents,
+        )
 
 
 def _batch_can_be_cut(config: RunConfig[Any]) -> None:

@@ -44,6 +44,7 @@ def build_datasets(
         vocab_size=vocab_size,
         eod=eod,
         mask_eod_loss=config.mask_eod_loss,
+        separate_documents=config.reset_attention_mask,
         cache_dir=config.cache_dir,
     )
     train, valid, test = (

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from core.config.transformer import TransformerConfig
-from core.kernels.attention import AttentionDropout, AttentionPattern, QueryPositions, attention
+from core.kernels.attention import AttentionDropout, AttentionMask, AttentionPattern, attention
 from core.kernels.elementwise import rotary
 from core.layers.forward_info import ForwardInfo
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -50,7 +50,7 @@ class CoreAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         key: DropoutKey | None,
-        mask: QueryPositions | None = None,
+        mask: AttentionMask | None = None,
     ) -> Tensor:
         """`[s, b, n, d]`, `[z, b, g, d]`, `[z, b, g, d]` to `[s, b, n * d]`; `mask` hides more than
         the layer's pattern, row by row.
@@ -169,7 +169,7 @@ class SelfAttention(_Attention):
         q, k = self.q_norm(q), self.k_norm(k)
         if info.rotary is not None:
             q, k = rotary(q, k, *info.rotary)
-        mask = None
+        mask: AttentionMask | None = info.documents
         if info.cache is not None:
             k, v, mask = info.cache.extend(self.name, k, v)
         return self.linear_proj(self.core_attention(q, k, v, info.key, mask))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from core.generation.cache import KeyValueCache
+from core.kernels.attention import Documents
 from core.parallel.random import DropoutKey
 
 
@@ -20,5 +21,7 @@ class ForwardInfo:
     encoded: Tensor | None = None
     """What cross-attention sees: an encoder's output, `[z, b, h]` (`[z / tp, b, h]` under sequence
     parallelism)."""
+    documents: Documents | None = None
+    """What self-attention must not cross, where rows hold several documents."""
     cache: KeyValueCache | None = None
     """Keys and values of the tokens before these, in generation."""

@@ -20,7 +20,7 @@ from core.config.transformer import (
 from core.data.builder import Datasets, build_datasets
 from core.data.loader import Batch
 from core.data.tokenizers import Tokenizer
-from core.kernels.attention import chosen_kernel
+from core.kernels.attention import Documents, chosen_kernel
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
 from core.parallel.random import DropoutKey
@@ -78,7 +78,12 @@ class LanguageModelTask:
             sequence_parallel=ctx.sequence_parallel,
             seq_length=data.seq_length,
         )
-        validate_attention(self.model_config, ctx.device.type, seq_length=data.seq_length)
+        validate_attention(
+            self.model_config,
+            ctx.device.type,
+            seq_length=data.seq_length,
+            separate_documents=data.separate_documents,
+        )
 
     def parts(self, data: DataConfig) -> Sequence[Part]:
         """Embedding, layers, head."""
@@ -111,6 +116,8 @@ class LanguageModelTask:
         windows = {config.window_of(i) for i in range(config.num_layers)} - {None}
         if any(window < data.seq_length for window in windows if window is not None):
             lines.append(f"attention with a window of {windows}: flex attention, compiled")
+        if data.separate_documents:
+            lines.append("attention within documents: flex attention, compiled")
         return lines
 
     def make_datasets(
@@ -139,7 +146,11 @@ class LanguageModelTask:
     ) -> LossOutput | Mapping[str, Tensor]:
         """Sum of the next-token cross entropy over the tokens that count, or hidden states."""
         smoothing = 0.0 if key is None else self.label_smoothing
-        losses = chunk(batch.tokens, batch.labels, key, smoothing, received.get("hidden"))
+        documents = None
+        if batch.cu_seqlens is not None:
+            documents = Documents.between(batch.cu_seqlens, batch.tokens.shape[1])
+        hidden = received.get("hidden")
+        losses = chunk(batch.tokens, batch.labels, key, smoothing, hidden, documents)
         if chunk.output_layer is None:
             return {"hidden": losses}
         # Not a product: a loss that is not finite at a token that does not count must not spread.

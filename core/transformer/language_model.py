@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from core.config.parallel import RecomputeConfig
 from core.config.transformer import TransformerConfig
 from core.generation.cache import KeyValueCache
+from core.kernels.attention import Documents
 from core.kernels.cross_entropy import vocab_parallel_cross_entropy
 from core.layers.dropout import Dropout
 from core.layers.embedding import VocabParallelEmbedding, VocabParallelHead
@@ -109,24 +110,27 @@ class LanguageModel(nn.Module):
         key: DropoutKey | None = None,
         received: Tensor | None = None,
         *,
+        documents: Documents | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """`[b, s]` to the input of the head, `[s, b, h]` (`[s / tp, b, h]` under sequence
         parallelism); without the embedding, from `received`, hidden states of that shape.
 
-        With a cache, which says at which positions they stand, the tokens go on from those before.
+        Positions count from the start of a row, or of each document. With a cache, which says at
+        which positions they stand, the tokens go on from those before.
         """
-        length, positions = tokens.shape[1], None
+        length = tokens.shape[1]
+        positions = None if documents is None else documents.positions
         if cache is not None and cache.positions is not None:
             length, positions = cache.capacity, cache.positions
         rotary = None
-        if self.rotary is not None and positions is None:
-            rotary = self.rotary(length, tokens.device)
-        elif self.rotary is not None:
-            rotary = self.rotary.at(positions, length)
+        if self.rotary is not None:
+            rotary = self.rotary.at(positions, length, tokens.device)
         hidden = received if self.embedding is None else self.embedding(tokens, key)
         assert hidden is not None
-        out: Tensor = self.decoder(hidden, ForwardInfo(rotary, key, cache=cache))
+        out: Tensor = self.decoder(
+            hidden, ForwardInfo(rotary, key, documents=documents, cache=cache)
+        )
         return out
 
     def forward(
@@ -136,6 +140,7 @@ class LanguageModel(nn.Module):
         key: DropoutKey | None = None,
         label_smoothing: float = 0.0,
         received: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Cross entropy of every token, in at least fp32; or without the head, hidden states.
 
@@ -145,12 +150,13 @@ class LanguageModel(nn.Module):
             key: makes dropout masks; None in evaluation.
             label_smoothing: share of the target that all tokens divide among them.
             received: hidden states from the piece before, unless the embedding is here.
+            documents: what attention must not cross; None where a row is one text.
 
         Returns:
             `[b, s]`, the same on all tp ranks; hidden states are `[s, b, h]` (`[s / tp, b, h]`
             under sequence parallelism).
         """
-        hidden = self.hidden_states(tokens, key, received)
+        hidden = self.hidden_states(tokens, key, received, documents=documents)
         if self.output_layer is None:
             return hidden
         logits = self.output_layer(hidden)

@@ -12,6 +12,8 @@ from torch._dynamo.utils import counters
 from core.kernels.attention import (
     AttentionDropout,
     AttentionPattern,
+    Documents,
+    QueryPositions,
     attention,
     chosen_kernel,
     visible,
@@ -77,6 +79,12 @@ CASES: list[tuple[str, Callable[..., Any], list[Tensor], tuple[Any, ...]]] = [
         (torch.rand(64, 16).cos(), torch.rand(64, 16).sin()),
     ),
     (
+        "rotary by row",
+        rotary,
+        [_random(64, 2, 4, 32), _random(64, 2, 2, 32)],
+        (torch.rand(64, 2, 16).cos(), torch.rand(64, 2, 16).sin()),
+    ),
+    (
         "cross_entropy",
         vocab_parallel_cross_entropy,
         [_random(100, 136)],
@@ -133,6 +141,35 @@ def test_attention(causal: bool, window: int | None) -> None:
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, pattern) if q.is_cuda else _attention_reference(q, k, v, pattern)
+
+    _close(_both(run, tensors, (), torch.bfloat16), 2e-2)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_documents(window: int | None) -> None:
+    """Row by row other bounds, and new bounds without a new graph; the CPU's is the plain one."""
+    pattern = AttentionPattern(True, 0.1, window)
+    tensors = [_random(256, 2, 8, 64), _random(256, 2, 2, 64), _random(256, 2, 2, 64)]
+    graphs = []
+    for bounds in ([[0, 100, 130, 256], [0, 7, 256, 256]], [[0, 1, 2, 256], [0, 256, 256, 256]]):
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+
+        def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor = cu_seqlens) -> Tensor:
+            documents = Documents.between(cu_seqlens.to(q.device), 256)
+            return attention(q, k, v, pattern, mask=documents)
+
+        _close(_both(run, tensors, (), torch.bfloat16), 2e-2)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1]
+
+
+def test_queries_at_given_positions() -> None:
+    pattern = AttentionPattern(True, 0.1, 100)
+    tensors = [_random(1, 2, 8, 64), _random(256, 2, 2, 64), _random(256, 2, 2, 64)]
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = QueryPositions(torch.tensor([[255], [20]], device=q.device))
+        return attention(q, k, v, pattern, mask=mask)
 
     _close(_both(run, tensors, (), torch.bfloat16), 2e-2)
 

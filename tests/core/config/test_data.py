@@ -11,6 +11,7 @@ from core.errors import ConfigError
     [
         (DataConfig(), "no training data: name a corpus with --data.train"),
         (DataConfig(synthetic=True, train=("a",)), "--data.train names one"),
+        (DataConfig(synthetic=True, reset_attention_mask=True), "--data.reset-attention-mask does"),
         (DataConfig(train=("a",), seq_length=0), "--data.seq-length is 0"),
         (DataConfig(train=("a",), num_workers=-1), "--data.num-workers is -1"),
         (DataConfig(train=("a",), prefetch=0), "--data.prefetch is 0"),
