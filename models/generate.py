@@ -47,6 +47,9 @@ class GenerateConfig:
     """Hugging Face folder, or a checkpoint: the folder of a training run or one of its steps."""
     prompt: tuple[str, ...]
     """Texts to go on from, as one batch."""
+    chat: bool = False
+    """Each prompt is a user's message, put into the tokenizer's chat template; only the answer is
+    printed."""
     tokenizer: str | None = None
     """Tokenizer; by default the one that belongs to the model."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -171,7 +174,12 @@ def _prepare(config: GenerateConfig) -> _Job:
     if name is None:
         raise ConfigError(f"{config.model} has no tokenizer with it: name one with --tokenizer")
     tokenizer = load_tokenizer(name)
-    prompts = [tokenizer.encode_prompt(text) for text in config.prompt]
+    prompts = [
+        tokenizer.chat_prompt([{"role": "user", "content": text}])
+        if config.chat
+        else tokenizer.encode_prompt(text)
+        for text in config.prompt
+    ]
     positions = getattr(opened.config, "max_position_embeddings", None)
     if positions is None:
         raise ConfigError(
@@ -216,7 +224,8 @@ def run(config: GenerateConfig) -> None:
     with open(os.devnull, "w") as nowhere:
         out = nowhere if ctx.world.rank else sys.stdout
         streams = [TextStream(job.tokenizer, prompt) for prompt in job.prompts]
-        printer = Printer(out, streams, config.prompt)
+        headings = [""] * len(streams) if config.chat else config.prompt
+        printer = Printer(out, streams, headings)
         count, begin, first = 0, time.perf_counter(), 0.0
         for tokens in steps:
             first = first or time.perf_counter() - begin

@@ -111,10 +111,25 @@ def _evaluation_has_data(config: RunConfig[Any]) -> None:
     data = config.data
     # A test set alone turns off the split, which would otherwise give a validation set.
     has_data = data.synthetic or data.valid or (not data.test and parse_split(data.split)[1] > 0)
+    if data.sft:
+        has_data = bool(data.sft_valid)
     if config.train.eval_interval and not has_data:
+        remedy = "--data.valid, or give validation a weight in --data.split"
         raise ConfigError(
             f"--train.eval-interval {config.train.eval_interval} has no data: name some with "
-            "--data.valid, or give validation a weight in --data.split"
+            f"{'--data.sft-valid' if data.sft else remedy}"
+        )
+    if data.sft_valid and not config.train.eval_interval:
+        raise ConfigError(
+            f"--data.sft-valid {' '.join(data.sft_valid)} does nothing without "
+            "--train.eval-interval: set it, or leave the chats out"
+        )
+
+
+def _chats_have_a_tokenizer(config: RunConfig[Any]) -> None:
+    if config.data.sft and config.tokenizer is None:
+        raise ConfigError(
+            "--data.sft needs the tokenizer that renders its chats: name it with --tokenizer"
         )
 
 
@@ -134,6 +149,7 @@ RUN_RULES = (
     _batch_can_be_cut,
     _saving_knobs_have_a_folder,
     _evaluation_has_data,
+    _chats_have_a_tokenizer,
     _master_weights_are_kept,
 )
 

@@ -9,9 +9,11 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from core.data.chat import ChatTemplate, Message, Rendered
 from core.errors import DataError
 
 _LONGEST_LINE = 1 << 30
@@ -52,6 +54,20 @@ class Tokenizer(Protocol):
         itself puts before a text (Llama's `<s>`).
         """
 
+    def chat(self, messages: Sequence[Message], tools: Any = None) -> Rendered:
+        """A chat by the tokenizer's template; see `ChatTemplate.render`.
+
+        Raises:
+            DataError: it has no template, or one that does not take the chat.
+        """
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a chat up to where the next answer begins.
+
+        Raises:
+            DataError: likewise.
+        """
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`."""
 
@@ -86,7 +102,24 @@ def load_tokenizer(spec: str) -> Tokenizer:
     )
 
 
-class ByteTokenizer:
+class _NoTemplate:
+    """For tokenizers that know no chats."""
+
+    name: str
+
+    def chat(self, messages: Sequence[Message], tools: Any = None) -> Rendered:
+        """Raise a DataError."""
+        raise DataError(
+            f"--tokenizer {self.name} has no chat template: take the tokenizer of a chat model, or "
+            "data of prompt and completion"
+        )
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Raise a DataError."""
+        return self.chat(messages).tokens.tolist()
+
+
+class ByteTokenizer(_NoTemplate):
     """UTF-8 bytes as they are, and one more token between documents."""
 
     name = "byte"
@@ -170,6 +203,18 @@ class HuggingFaceTokenizer:
                 return before[:count] + plain
         return plain
 
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer, self.name)
+
+    def chat(self, messages: Sequence[Message], tools: Any = None) -> Rendered:
+        """A chat by the tokenizer's template; see `ChatTemplate.render`."""
+        return self._template.render(messages, tools)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a chat up to where the next answer begins."""
+        return self._template.prompt(messages)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included."""
         return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
@@ -192,7 +237,7 @@ class HuggingFaceTokenizer:
             raise DataError(f"--tokenizer {source} cannot be loaded: {cause}") from error
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(_NoTemplate):
     """A SentencePiece `.model` file.
 
     Raises:

@@ -1,4 +1,6 @@
-"""The task of every decoder-only language model: next-token loss over `.bin/.idx` text."""
+"""The task of every decoder-only language model: next-token loss over `.bin/.idx` text
+or over the answers of chats.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -135,6 +137,7 @@ class LanguageModelTask:
             eod=tokenizer.eod if tokenizer is not None and data.mask_eod_loss else None,
             num_samples=num_samples,
             seed=seed,
+            tokenizer=tokenizer,
         )
 
     def count(self, batch: Batch) -> dict[str, int]:
