@@ -88,7 +88,7 @@ def by_varlen(q: Tensor, k: Tensor, v: Tensor, mix: Mix) -> Callable[[], Tensor]
     from torch.nn.attention.varlen import varlen_attn
 
     bounds, longest = mix.bounds[0].to(q.device), max(mix.lengths)
-    options: dict[str, Any] = {"scale": q.shape[-1] ** -0.5}
+    options: dict[str, Any] = {}  # the scale is 1 / sqrt(d) by default
     parameters = inspect.signature(varlen_attn).parameters
     if "window_size" in parameters:
         options["window_size"] = (-1, 0)

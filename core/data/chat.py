@@ -8,6 +8,7 @@ messages up to an answer is compared with that of the whole chat.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -119,6 +120,7 @@ class ChatTemplate:
             )
         special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = special | set(tokenizer.all_special_ids)
+        self._eos: int | None = tokenizer.eos_token_id  # a look-up that is slow
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a chat up to where the next answer begins.
@@ -144,28 +146,33 @@ class ChatTemplate:
         self._train_ends(tokens, trained)
         return _rendered(tokens, trained)
 
-    def _text(self, messages: Sequence[Message], tools: Any, **options: Any) -> str:
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    list(messages), tools=tools, tokenize=False, **options
-                )
-            )
+            yield
         except Exception as error:  # jinja's errors, and whatever a template's functions raise
             cause = str(error).strip().split("\n")[0]
             raise DataError(
                 f"the chat template of {self._name} does not take it: {cause}"
             ) from error
 
+    def _text(self, messages: Sequence[Message], tools: Any, **options: Any) -> str:
+        with self._refusals():
+            return str(
+                self._tokenizer.apply_chat_template(
+                    list(messages), tools=tools, tokenize=False, **options
+                )
+            )
+
     def _tagged(self, messages: Sequence[Message], tools: Any) -> tuple[list[int], list[bool]]:
-        self._text(messages, tools)  # for its errors
-        found = self._tokenizer.apply_chat_template(
-            list(messages),
-            tools=tools,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
+        with self._refusals():
+            found = self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=tools,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
         return list(found["input_ids"]), [bool(part) for part in found["assistant_masks"]]
 
     def _compared(self, messages: Sequence[Message], tools: Any) -> tuple[list[int], list[bool]]:
@@ -188,13 +195,14 @@ class ChatTemplate:
         encoded = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         tokens, trained = list(encoded["input_ids"]), [False] * len(encoded["input_ids"])
         for first, end in spans:
+            # A token that is in part the answer's is learnt too.
             inside = [
                 place
                 for place, (start, stop) in enumerate(encoded["offset_mapping"])
                 if start < end and stop > first
             ]
             # What the template puts after the end of an answer is not the model's to say.
-            ends = [place for place in inside if tokens[place] == self._tokenizer.eos_token_id]
+            ends = [place for place in inside if tokens[place] == self._eos]
             last = ends[-1] if ends else max(inside, default=-1)
             for place in inside:
                 trained[place] = place <= last
@@ -205,7 +213,7 @@ class ChatTemplate:
         and see that every answer has an end.
         """
         for place in range(1, len(tokens)):
-            if trained[place - 1] and tokens[place] == self._tokenizer.eos_token_id:
+            if trained[place - 1] and tokens[place] == self._eos:
                 trained[place] = True
         first = None
         for place, is_trained in enumerate([*trained, False]):
