@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: arguments; by default those of the process.
 
     Raises:
-        SystemExit: 2 for options that cannot work, 1 for any other failure.
+        SystemExit: 2 for options that cannot work, 130 after Ctrl-C, 1 for any other failure.
     """
     args = sys.argv[1:] if argv is None else list(argv)
     with one_sentence():
@@ -271,7 +271,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if config.parallel.tp > 1 and "WORLD_SIZE" not in os.environ:
         _start_processes(config, args)
-    run(config)
+    try:
+        run(config)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ SPLIT_NAMES = ("train", "valid", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Tokenised corpora (`.bin/.idx`, as Megatron-LM's) and how samples are drawn from them."""
+    """Tokenised corpora (`.bin/.idx`, as Megatron-LM's) or chats, and how samples are drawn."""
 
     train: tuple[str, ...] = ()
     """Corpora by path prefix (`corpus` for corpus.bin and corpus.idx), or weight and prefix in

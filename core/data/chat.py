@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from core.data.documents import read_chunks
+from core.data.documents import JSON_SUFFIXES, read_chunks
 from core.data.samples import Array
 from core.errors import DataError
 
@@ -46,9 +46,9 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         DataError: it cannot be read, or a line is no JSON object.
     """
+    if not set(path.suffixes) & set(JSON_SUFFIXES):
+        raise DataError(f"{path} is no JSON Lines: chats are read from .jsonl files")
     for chunk in read_chunks(path, "messages"):
-        if chunk.kind != "jsonl":
-            raise DataError(f"{path} is no JSON Lines: chats are read from .jsonl files")
         for number, line in zip(count(chunk.first), chunk.items):
             if not line.strip():
                 continue

@@ -16,7 +16,7 @@ from typing import IO, Literal
 from core.errors import DataError
 
 CHUNK_BYTES = 1 << 20
-_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _ROWS_PER_BATCH = 256
 
 
@@ -77,7 +77,7 @@ def read_chunks(path: Path, json_key: str) -> Iterator[Chunk]:
     try:
         with path.open("rb") as raw:
             file: IO[bytes] = gzip.GzipFile(fileobj=raw) if compressed else raw  # type: ignore[assignment]
-            if kind and kind[0] in _JSON_SUFFIXES:
+            if kind and kind[0] in JSON_SUFFIXES:
                 yield from _read_lines(path, file, raw)
             else:
                 yield Chunk(str(path), "text", 1, [file.read()], path.stat().st_size)

@@ -172,6 +172,7 @@ def test_lines_are_named(tmp_path: Path) -> None:
     path.write_text("{\n")
     with pytest.raises(DataError, match=r"chats\.jsonl:1 is not a JSON object"):
         next(read_records(path))
-    (tmp_path / "chats.txt").write_text("x")
-    with pytest.raises(DataError, match="is no JSON Lines"):
-        next(read_records(tmp_path / "chats.txt"))
+    for name in ("chats.txt", "chats.parquet"):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(DataError, match="is no JSON Lines"):
+            next(read_records(tmp_path / name))
