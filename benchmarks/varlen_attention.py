@@ -89,7 +89,8 @@ def by_varlen(q: Tensor, k: Tensor, v: Tensor, mix: Mix) -> Callable[[], Tensor]
 
     bounds, longest = mix.bounds[0].to(q.device), max(mix.lengths)
     options: dict[str, Any] = {}  # the scale is 1 / sqrt(d) by default
-    parameters = inspect.signature(varlen_attn).parameters
+    attend: Callable[..., Any] = varlen_attn  # whose signature grows from release to release
+    parameters = inspect.signature(attend).parameters
     if "window_size" in parameters:
         options["window_size"] = (-1, 0)
     else:
@@ -98,8 +99,8 @@ def by_varlen(q: Tensor, k: Tensor, v: Tensor, mix: Mix) -> Callable[[], Tensor]
         options["enable_gqa"] = True
 
     def call() -> Tensor:
-        flat = (x.flatten(0, 1) for x in (q, k, v))
-        out = varlen_attn(*flat, bounds, bounds, longest, longest, **options)
+        flat = [x.flatten(0, 1) for x in (q, k, v)]
+        out = attend(*flat, bounds, bounds, longest, longest, **options)
         return (out if isinstance(out, Tensor) else out[0])[:, None]
 
     return call
@@ -110,7 +111,7 @@ def by_varlen_expanded(q: Tensor, k: Tensor, v: Tensor, mix: Mix) -> Callable[[]
     repeat = q.shape[2] // k.shape[2]
 
     def call() -> Tensor:
-        return by_varlen(q, *(x.repeat_interleave(repeat, 2) for x in (k, v)), mix)()
+        return by_varlen(q, k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2), mix)()
 
     return call
 
@@ -201,14 +202,14 @@ def measure(work: Work, kernel: Kernel, mix: Mix, expected: Sequence[Tensor] | N
     """Check, then measure."""
     q, k, v, weight = inputs(work)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    call = kernel(*leaves, mix)
+    call = kernel(q, k, v, mix)
     out = call()
     found = [out.detach(), *torch.autograd.grad(out, leaves, weight)]
     error = float("nan")
     if expected is not None:
         pairs = zip(found, expected, strict=True)
         error = max(float((a.float() - b).norm() / b.norm()) for a, b in pairs)
-    prepare = _milliseconds(lambda: kernel(*leaves, mix), work.device, work.repeats)
+    prepare = _milliseconds(lambda: kernel(q, k, v, mix), work.device, work.repeats)
     forward = _milliseconds(call, work.device, work.repeats)
 
     def both() -> None:

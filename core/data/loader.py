@@ -39,7 +39,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device, without waiting for the copy if the memory is pinned."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)

@@ -165,14 +165,14 @@ def test_documents(window: int | None) -> None:
 
 def test_documents_never_wait_for_the_device() -> None:
     shapes = [(256, 2, 8, 64), (256, 2, 2, 64), (256, 2, 2, 64)]
-    leaves = [_random(*shape).cuda().bfloat16().requires_grad_() for shape in shapes]
+    q, k, v = (_random(*shape).cuda().bfloat16().requires_grad_() for shape in shapes)
     bounds = torch.tensor([[0, 100, 130, 256], [0, 7, 256, 256]], dtype=torch.int32).pin_memory()
     try:
         for step in range(4):
             if step == 2:  # what is compiled has been by then
                 torch.cuda.set_sync_debug_mode("error")
             documents = Documents.between(bounds.to("cuda", non_blocking=True), 256)
-            attention(*leaves, AttentionPattern(True, 0.1), mask=documents).sum().backward()
+            attention(q, k, v, AttentionPattern(True, 0.1), mask=documents).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -56,31 +56,30 @@ def _packed() -> list[Batch]:
     """Two microbatches of two rows."""
     documents = iter(_documents())
     rows = [[next(documents) for _ in row] for row in ROWS]
-    columns = [
+    tokens, labels, mask = (
         torch.stack([torch.cat([document[i] for document in row]) for row in rows])
         for i in range(3)
-    ]
+    )
     bounds = torch.full((len(ROWS), 5), SEQUENCE, dtype=torch.int32)
     for row, lengths in enumerate(ROWS):
         bounds[row, : len(lengths)] = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     return [
-        Batch(*(column[at : at + 2] for column in columns), at, bounds[at : at + 2])
-        for at in (0, 2)
+        Batch(tokens[at], labels[at], mask[at], at.start, bounds[at])
+        for at in (slice(0, 2), slice(2, 4))
     ]
 
 
 def _apart() -> list[Batch]:
     """A row for each document, padded."""
     documents = _documents()
-    columns = [torch.zeros(len(documents), SEQUENCE, dtype=kind) for kind in _kinds()]
-    for row, document in enumerate(documents):
-        for column, values in zip(columns, document, strict=True):
-            column[row, : len(values)] = values
-    return [Batch(*columns, 0)]
-
-
-def _kinds() -> tuple[torch.dtype, ...]:
-    return torch.int64, torch.int64, torch.bool
+    shape = (len(documents), SEQUENCE)
+    tokens, labels = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for row, (text, following, counted) in enumerate(documents):
+        tokens[row, : len(text)] = text
+        labels[row, : len(text)] = following
+        mask[row, : len(text)] = counted
+    return [Batch(tokens, labels, mask, 0)]
 
 
 def _outcome(batches: list[Batch], parallel: ParallelConfig) -> tuple[Tensor, dict[str, Tensor]]:

@@ -177,6 +177,11 @@ def test_masks_differ_by_seed_step_and_sample(change: dict[str, int]) -> None:
 BOUNDS = torch.tensor([[0, 2, 3, 9, 9], [0, 4, 9, 9, 9]], dtype=torch.int32)
 
 
+def _part(tensors: list[Tensor], a: int, b: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (x[a:b, row : row + 1] for x in tensors)
+    return q, k, v
+
+
 def test_documents_from_their_bounds() -> None:
     documents = Documents.between(BOUNDS, S)
     assert documents.ids.tolist() == [[0, 0, 1, 2, 2, 2, 2, 2, 2], [0, 0, 0, 0, 1, 1, 1, 1, 1]]
@@ -201,7 +206,7 @@ def test_documents_are_as_if_apart(name: str, groups: int) -> None:
             rows = []
             for row, bounds in enumerate(BOUNDS.tolist()):
                 parts = [
-                    _reference(*(x[a:b, row : row + 1] for x in leaves), PATTERNS[name])
+                    _reference(*_part(leaves, a, b, row), PATTERNS[name])
                     for a, b in itertools.pairwise(bounds)
                     if a < b
                 ]
@@ -221,8 +226,8 @@ def test_dropout_within_documents() -> None:
     for row, bounds in enumerate(BOUNDS.tolist()):
         for a, b in itertools.pairwise(bounds):
             if a < b:
-                part = [x[a:b, row : row + 1] for x in (q, k, v)]
                 kept = keep[row : row + 1, :, a:b, a:b]
+                part = _part([q, k, v], a, b, row)
                 expected = _reference(*part, PATTERNS["window"], kept)
                 torch.testing.assert_close(
                     out[a:b, row : row + 1], expected, rtol=1e-12, atol=1e-12
