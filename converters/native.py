@@ -154,7 +154,7 @@ def export_checkpoint(
         raise ConfigError(f"--shard-gb is {options.shard_gb}: it must be finite and above 0")
     refuse_non_empty(out)
     reader = open_checkpoint(path)
-    family = family or _family_of(reader)
+    family = family or family_of(reader)
     config = config_from_json(family.config_class, reader.sections["config"])
     tokenizer = options.tokenizer or reader.path / ASSETS_NAME
     check_tokenizer(tokenizer, family, config)
@@ -189,7 +189,12 @@ def export_checkpoint(
     return out
 
 
-def _family_of(reader: CheckpointReader) -> Family:
+def family_of(reader: CheckpointReader) -> Family:
+    """The conversion table of a checkpoint's model family.
+
+    Raises:
+        ConversionError: the checkpoint names none, or one that is not known.
+    """
     name = reader.sections.get("family")
     if not isinstance(name, str):
         raise ConversionError(

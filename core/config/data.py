@@ -9,7 +9,7 @@ SPLIT_NAMES = ("train", "valid", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Tokenised corpora (`.bin/.idx`, as Megatron-LM's) and how samples are drawn from them."""
+    """Tokenised corpora (`.bin/.idx`, as Megatron-LM's) or chats, and how samples are drawn."""
 
     train: tuple[str, ...] = ()
     """Corpora by path prefix (`corpus` for corpus.bin and corpus.idx), or weight and prefix in
@@ -21,6 +21,17 @@ class DataConfig:
     split: str = "969,30,1"
     """Weights of training, validation and test set when only `train` is given: each corpus is cut
     by document, in this order."""
+    sft: tuple[str, ...] = ()
+    """Chats for supervised fine-tuning, in place of corpora: JSON Lines with `messages`, rendered
+    by the tokenizer's chat template, or with `prompt` and `completion`. The loss counts answers
+    only."""
+    sft_valid: tuple[str, ...] = ()
+    """Chats of the validation set."""
+    sft_packing: bool = True
+    """Put several chats into a sample, which then do not see each other; otherwise each is padded
+    to a sample of its own."""
+    sft_drop_long: bool = False
+    """Leave out chats longer than a sample, and say how many, instead of ending with an error."""
     seq_length: int = 1024
     """Tokens per sample that the model sees; one more is read, for the last label."""
     cache_dir: str | None = None
@@ -28,6 +39,10 @@ class DataConfig:
     each corpus. May be shared by all nodes or local to each."""
     mask_eod_loss: bool = False
     """Leave out of the loss what the model predicts at an end-of-document token."""
+    reset_attention_mask: bool = False
+    """A token sees its own document alone, and positions begin again in each, as Megatron-LM's
+    --reset-attention-mask with --reset-position-ids; what the last token of a document says of the
+    next one is left out of the loss."""
     keep_partial_valid: bool = False
     """Pad the tokens left over at the end of the validation set to one more sample, as
     Megatron-LM's `drop_last_partial_validation_sequence=False`; it changes the order of samples."""
@@ -37,6 +52,11 @@ class DataConfig:
     """Steps that each loader process keeps ready."""
     synthetic: bool = False
     """Random tokens in place of corpora, for benchmarks."""
+
+    @property
+    def separate_documents(self) -> bool:
+        """Whether samples hold several documents that attention must not cross."""
+        return self.reset_attention_mask or (bool(self.sft) and self.sft_packing)
 
 
 @dataclass(frozen=True)
@@ -106,16 +126,42 @@ def _sizes_are_possible(config: DataConfig) -> None:
 
 
 def _source_is_named(config: DataConfig) -> None:
-    given = [name for name in SPLIT_NAMES if getattr(config, name)]
+    given = [f"--data.{name}" for name in SPLIT_NAMES if getattr(config, name)]
+    if config.sft and (given or config.synthetic):
+        raise ConfigError(
+            f"--data.sft trains on chats, and {(*given, '--data.synthetic')[0]} on something else: "
+            "leave one out"
+        )
     if config.synthetic and given:
         raise ConfigError(
-            f"--data.synthetic reads no corpus, but --data.{given[0]} names one: leave one out"
+            f"--data.synthetic reads no corpus, but {given[0]} names one: leave one out"
         )
-    if not config.synthetic and not config.train:
+    if not config.synthetic and not config.train and not config.sft:
         raise ConfigError(
             "no training data: name a corpus with --data.train (python -m core.data.preprocess "
-            "makes one), or use --data.synthetic"
+            "makes one) or chats with --data.sft, or use --data.synthetic"
         )
+
+
+_OF_CORPORA = ("cache_dir", "mask_eod_loss", "reset_attention_mask", "keep_partial_valid")
+_OF_CHATS = ("sft_valid", "sft_packing", "sft_drop_long")
+
+
+def _options_suit_the_source(config: DataConfig) -> None:
+    default = DataConfig()
+
+    def refuse(name: str, reason: str) -> None:
+        if getattr(config, name) != getattr(default, name):
+            no = "no-" if getattr(default, name) is True else ""
+            option = f"--data.{no}{name.replace('_', '-')}"
+            raise ConfigError(f"{option} does nothing {reason}: leave it out")
+
+    if config.synthetic:
+        refuse("reset_attention_mask", "with --data.synthetic, which has no documents")
+    for name in _OF_CORPORA if config.sft else ():
+        refuse(name, "with --data.sft, which reads no corpus")
+    for name in () if config.sft else _OF_CHATS:
+        refuse(name, "without --data.sft")
 
 
 def _blends_are_readable(config: DataConfig) -> None:
@@ -126,14 +172,20 @@ def _blends_are_readable(config: DataConfig) -> None:
 def _split_is_used(config: DataConfig) -> None:
     parse_split(config.split)
     default = {field.name: field.default for field in fields(config)}["split"]
-    if config.split != default and (config.valid or config.test or config.synthetic):
+    if config.split != default and (config.valid or config.test or config.synthetic or config.sft):
         raise ConfigError(
-            f"--data.split {config.split} does nothing with --data.valid, --data.test or "
-            "--data.synthetic: leave one out"
+            f"--data.split {config.split} does nothing with --data.valid, --data.test, --data.sft "
+            "or --data.synthetic: leave one out"
         )
 
 
-DATA_RULES = (_sizes_are_possible, _source_is_named, _blends_are_readable, _split_is_used)
+DATA_RULES = (
+    _sizes_are_possible,
+    _source_is_named,
+    _options_suit_the_source,
+    _blends_are_readable,
+    _split_is_used,
+)
 
 
 def validate_data(config: DataConfig) -> None:

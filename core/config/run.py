@@ -80,7 +80,12 @@ def _pipeline_can_be_cut(config: RunConfig[TransformerConfig]) -> None:
 def _attention_has_a_kernel(config: RunConfig[TransformerConfig]) -> None:
     # What `auto` will find is not known here: the task looks again on its device.
     with about("--model"):
-        validate_attention(config.model, config.device, seq_length=config.data.seq_length)
+        validate_attention(
+            config.model,
+            config.device,
+            seq_length=config.data.seq_length,
+            separate_documents=config.data.separate_documents,
+        )
 
 
 def _backend_can_do_it(config: RunConfig[Any]) -> None:
@@ -115,10 +120,25 @@ def _evaluation_has_data(config: RunConfig[Any]) -> None:
     data = config.data
     # A test set alone turns off the split, which would otherwise give a validation set.
     has_data = data.synthetic or data.valid or (not data.test and parse_split(data.split)[1] > 0)
+    if data.sft:
+        has_data = bool(data.sft_valid)
     if config.train.eval_interval and not has_data:
+        remedy = "--data.valid, or give validation a weight in --data.split"
         raise ConfigError(
             f"--train.eval-interval {config.train.eval_interval} has no data: name some with "
-            "--data.valid, or give validation a weight in --data.split"
+            f"{'--data.sft-valid' if data.sft else remedy}"
+        )
+    if data.sft_valid and not config.train.eval_interval:
+        raise ConfigError(
+            f"--data.sft-valid {' '.join(data.sft_valid)} does nothing without "
+            "--train.eval-interval: set it, or leave the chats out"
+        )
+
+
+def _chats_have_a_tokenizer(config: RunConfig[Any]) -> None:
+    if config.data.sft and config.tokenizer is None:
+        raise ConfigError(
+            "--data.sft needs the tokenizer that renders its chats: name it with --tokenizer"
         )
 
 
@@ -144,6 +164,7 @@ RUN_RULES = (
     _batch_can_be_cut,
     _saving_knobs_have_a_folder,
     _evaluation_has_data,
+    _chats_have_a_tokenizer,
     _master_weights_are_kept,
     _fp8_fits_the_model,
 )

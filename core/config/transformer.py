@@ -342,16 +342,26 @@ def validate_layout(
         )
 
 
-def validate_attention(config: TransformerConfig, device: str, *, seq_length: int) -> None:
+def validate_attention(
+    config: TransformerConfig, device: str, *, seq_length: int, separate_documents: bool = False
+) -> None:
     """Check that there is an attention kernel for an architecture on a kind of device.
 
     Raises:
-        ConfigError: dropout within a window that hides something, on a GPU.
+        ConfigError: dropout within documents, or within a window that hides something, on a GPU.
     """
+    if device != "cuda" or not config.attention_dropout:
+        return
     windows = (config.window_of(layer) for layer in range(config.num_layers))
     window = min((size for size in windows if size is not None), default=seq_length)
-    if device == "cuda" and config.attention_dropout and window < seq_length:
+    if window < seq_length:
         raise ConfigError(
             f"attention_dropout {config.attention_dropout} with a sliding_window of {window} below "
             f"--data.seq-length {seq_length} is only built for the CPU: set attention_dropout to 0"
+        )
+    if separate_documents:
+        raise ConfigError(
+            f"attention_dropout {config.attention_dropout} with documents that do not see each "
+            "other (--data.reset-attention-mask, packed --data.sft) is only built for the CPU: set "
+            "attention_dropout to 0"
         )

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from core.config.data import SPLIT_NAMES, Blend, DataConfig, parse_blend, parse_split, validate_data
 from core.data.blend import BlendedDataset, normalize, samples_per_source
+from core.data.chat_dataset import ChatDataset, ChatOptions
+from core.data.documents import expand_inputs
 from core.data.gpt_dataset import GPTDataset, GPTSampleOptions
 from core.data.indexed_dataset import IndexedDataset
 from core.data.samples import SampleDataset
 from core.data.synthetic import SyntheticDataset
+from core.data.tokenizers import Tokenizer
 from core.errors import ConfigError
 
 Datasets = tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]
@@ -22,6 +25,7 @@ def build_datasets(
     eod: int | None,
     num_samples: Sequence[int],
     seed: int,
+    tokenizer: Tokenizer | None = None,
 ) -> Datasets:
     """Open corpora and build their sample indices. Call it before any process group waits.
 
@@ -32,6 +36,7 @@ def build_datasets(
         num_samples: the least number of samples of the training, validation and test set; where
             it is 0, the set is None.
         seed: of the order of samples, and of synthetic ones.
+        tokenizer: renders chats (`--data.sft`).
 
     Raises:
         ConfigError: options that do not work, or leave a wanted set without text.
@@ -44,10 +49,11 @@ def build_datasets(
         vocab_size=vocab_size,
         eod=eod,
         mask_eod_loss=config.mask_eod_loss,
+        separate_documents=config.reset_attention_mask,
         cache_dir=config.cache_dir,
     )
     train, valid, test = (
-        _Split(config, position, count, options).build() if count else None
+        _Split(config, position, count, options, tokenizer).build() if count else None
         for position, count in enumerate(num_samples)
     )
     return train, valid, test
@@ -61,6 +67,7 @@ class _Split:
     position: int
     num_samples: int
     options: GPTSampleOptions
+    tokenizer: Tokenizer | None = None
 
     def build(self) -> SampleDataset:
         if self.config.synthetic:
@@ -71,6 +78,8 @@ class _Split:
                 seed=self.options.seed,
                 stream=self.position,
             )
+        if self.config.sft:
+            return self._chats()
         blend = self._blend()
         if len(blend.prefixes) == 1 and (blend.weights is None or self._own_corpora):
             return self._source(blend.prefixes[0], self.num_samples)
@@ -92,6 +101,27 @@ class _Split:
             ]
         beside = Path(blend.prefixes[0]).parent / "cache" / f"{BlendedDataset.__name__}_indices"
         return BlendedDataset(sources, weights, self.num_samples, self.config.cache_dir or beside)
+
+    def _chats(self) -> ChatDataset:
+        name = ("sft", "sft_valid", "")[self.position]
+        option = f"--data.{name.replace('_', '-')}"
+        files: tuple[str, ...] = getattr(self.config, name, ())
+        if not files:
+            raise ConfigError(
+                f"{self.num_samples} samples of a {self._name} set are wanted, but no chats are "
+                f"named for it: name some with --data.sft-valid, or turn this evaluation off"
+            )
+        if self.tokenizer is None:
+            raise ConfigError(f"{option} needs a tokenizer: name it with --tokenizer")
+        options = ChatOptions(
+            seq_length=self.config.seq_length,
+            seed=self.options.seed,
+            vocab_size=self.options.vocab_size,
+            packing=self.config.sft_packing,
+            drop_long=self.config.sft_drop_long,
+        )
+        paths = expand_inputs(files, option)
+        return ChatDataset(paths, self.tokenizer, self.num_samples, option, options)
 
     @property
     def _name(self) -> str:

@@ -16,7 +16,7 @@ from typing import IO, Literal
 from core.errors import DataError
 
 CHUNK_BYTES = 1 << 20
-_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _ROWS_PER_BATCH = 256
 
 
@@ -38,8 +38,8 @@ class Chunk:
         return sum(map(len, self.items))
 
 
-def expand_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Files of `--input`: names as given, patterns (`*`, `?`, `**`) sorted.
+def expand_inputs(patterns: Sequence[str], option: str = "--input") -> list[Path]:
+    """Files of an option: names as given, patterns (`*`, `?`, `**`) sorted.
 
     Raises:
         DataError: a name or pattern stands for no file.
@@ -48,14 +48,14 @@ def expand_inputs(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            raise DataError(f"--input {pattern} is a folder: name its files, as in '{path}/**/*'")
+            raise DataError(f"{option} {pattern} is a folder: name its files, as in '{path}/**/*'")
         found = [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True)))
         matches = [match for match in found if not match.is_dir()]
         if not matches:
-            raise DataError(f"--input {pattern} does not exist and matches no file")
+            raise DataError(f"{option} {pattern} does not exist and matches no file")
         files += matches
     if not files:
-        raise DataError("--input names no file")
+        raise DataError(f"{option} names no file")
     return files
 
 
@@ -77,7 +77,7 @@ def read_chunks(path: Path, json_key: str) -> Iterator[Chunk]:
     try:
         with path.open("rb") as raw:
             file: IO[bytes] = gzip.GzipFile(fileobj=raw) if compressed else raw  # type: ignore[assignment]
-            if kind and kind[0] in _JSON_SUFFIXES:
+            if kind and kind[0] in JSON_SUFFIXES:
                 yield from _read_lines(path, file, raw)
             else:
                 yield Chunk(str(path), "text", 1, [file.read()], path.stat().st_size)

@@ -35,6 +35,8 @@ class GPTSampleOptions:
         vocab_size: tokens must be below it.
         eod: end-of-document token; needed for `mask_eod_loss` only.
         mask_eod_loss: leave predictions made at an end-of-document token out of the loss.
+        separate_documents: give the bounds of documents, and leave out of the loss the first token
+            of a document that follows another.
         drop_last_partial: see `plan_gpt_index`.
         cache_dir: of the sample index; by default `cache/GPTDataset_indices` beside the corpus.
     """
@@ -44,6 +46,7 @@ class GPTSampleOptions:
     vocab_size: int
     eod: int | None = None
     mask_eod_loss: bool = False
+    separate_documents: bool = False
     drop_last_partial: bool = True
     cache_dir: str | None = None
 
@@ -107,19 +110,25 @@ class GPTDataset:
         return {key: value for key, value in self.__dict__.items() if key != "_index"}
 
     def __getitem__(self, index: int) -> Sample:
-        """`tokens` [s], `labels` [s] int64 and `loss_mask` [s] bool.
+        """`tokens` [s], `labels` [s] int64, `loss_mask` [s] bool, and with `separate_documents`
+        `cu_seqlens`.
 
         Raises:
             DataError: a token is outside the vocabulary.
         """
         check_index(index, len(self))
-        text = self._text(int(self._index.shuffle[index]))
+        text, ends = self._text(int(self._index.shuffle[index]))
         padded = text == _PAD
         text[padded] = 0
         sample = next_token_sample(text)
         sample["loss_mask"] &= ~padded[1:]
         if self._options.mask_eod_loss:
             sample["loss_mask"] &= sample["tokens"] != self._options.eod
+        if self._options.separate_documents:
+            s = self._options.seq_length
+            sample["loss_mask"][ends[(ends > 0) & (ends <= s)] - 1] = False
+            bounds = np.concatenate(([0], ends[ends < s], [s]))
+            sample["cu_seqlens"] = np.unique(bounds).astype(np.int32)
         return sample
 
     @property
@@ -160,8 +169,10 @@ class GPTDataset:
             "samples before the last epoch": self._plan.separate_from,
         }
 
-    def _text(self, sample: int) -> Array:
-        """Tokens of a sample, [s + 1] int64, padded at the end if the corpus ends before it."""
+    def _text(self, sample: int) -> tuple[Array, Array]:
+        """Tokens of a sample, [s + 1] int64, padded at the end if the corpus ends before it; and
+        where in them documents end.
+        """
         index = self._index
         (first, start), (last, end) = index.sample[sample : sample + 2].tolist()
         if first == last:
@@ -171,7 +182,8 @@ class GPTDataset:
             parts += [self._corpus.read(doc) for doc in index.document[first + 1 : last].tolist()]
             parts.append(self._corpus.read(int(index.document[last]), 0, end + 1))
         text = np.full(self._options.seq_length + 1, _PAD, dtype=np.int64)
-        length = sum(map(len, parts))
+        ends = np.cumsum([len(part) for part in parts])
+        length = int(ends[-1])
         np.concatenate(parts, out=text[:length])
         # Seen as unsigned, a negative token of a corrupt corpus is a huge one.
         worst = text[text[:length].view(np.uint64).argmax()]
@@ -180,7 +192,7 @@ class GPTDataset:
                 f"{self._corpus.prefix}.bin holds token {worst}, but the vocabulary has "
                 f"{self._options.vocab_size}: tokenise it again with this run's --tokenizer"
             )
-        return text
+        return text, ends
 
     @cached_property
     def _index(self) -> GPTIndex:

@@ -9,15 +9,15 @@ Shapes: b = samples per microbatch, s = seq_length.
 """
 
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from core.data.samples import SampleDataset
+from core.data.samples import Array, SampleDataset
 from core.errors import DataError, TesseraError
 
 
@@ -33,14 +33,18 @@ class Batch:
     """[b, s] bool: the labels that the loss counts."""
     first_sample: int
     """Number of its first sample within the global batch."""
+    cu_seqlens: torch.Tensor | None = None
+    """[b, n + 1] int32: where the documents of each row begin, and s until the row is full; None
+    where a row is one text. n is a power of two, so that shapes are few."""
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device, without waiting for the copy if the memory is pinned."""
-        tokens, labels, loss_mask = (
-            tensor.to(device, non_blocking=True)
-            for tensor in (self.tokens, self.labels, self.loss_mask)
-        )
-        return Batch(tokens, labels, loss_mask, self.first_sample)
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -181,10 +185,17 @@ class _RankDataset(Dataset[Any]):
             ]
         except TesseraError as error:
             return error  # raised by `fetch`: torch would wrap it in the worker's traceback
-        return {
-            name: torch.from_numpy(np.stack([sample[name] for sample in samples]))
-            for name in samples[0]
-        }
+        columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+        if "cu_seqlens" in columns:
+            columns["cu_seqlens"] = same_length(columns["cu_seqlens"])
+        return {name: torch.from_numpy(np.stack(column)) for name, column in columns.items()}
+
+
+def same_length(bounds: Sequence[Array]) -> list[Array]:
+    """Repeat the last bound of every sample until all have as many, a power of two and one more."""
+    documents = max(len(one) for one in bounds) - 1
+    length = (1 << (documents - 1).bit_length()) + 1
+    return [np.pad(one, (0, length - len(one)), mode="edge") for one in bounds]
 
 
 def _ignore_signals(worker: int) -> None:

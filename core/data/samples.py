@@ -13,7 +13,8 @@ class SampleDataset(Protocol):
     """Samples by number, the same in every process: position is one integer.
 
     A sample holds `tokens` [s] int64, `labels` [s] int64 and `loss_mask` [s] bool; `labels[i]` is
-    the token after `tokens[i]`.
+    the token after `tokens[i]`. Where attention must not cross from one document to another it also
+    holds `cu_seqlens` [n + 1] int32, where its n documents begin, and s.
     """
 
     def __len__(self) -> int: ...

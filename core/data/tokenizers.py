@@ -9,9 +9,11 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from core.data.chat import ChatTemplate, Message, Rendered
 from core.errors import DataError
 
 _LONGEST_LINE = 1 << 30
@@ -47,6 +49,25 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts."""
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that a model is to go on from, with the special tokens that the tokenizer
+        itself puts before a text (Llama's `<s>`).
+        """
+
+    def chat(self, messages: Sequence[Message], tools: Any = None) -> Rendered:
+        """A chat by the tokenizer's template; see `ChatTemplate.render`.
+
+        Raises:
+            DataError: it has no template, or one that does not take the chat.
+        """
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a chat up to where the next answer begins.
+
+        Raises:
+            DataError: likewise.
+        """
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`."""
 
@@ -81,7 +102,24 @@ def load_tokenizer(spec: str) -> Tokenizer:
     )
 
 
-class ByteTokenizer:
+class _NoTemplate:
+    """For tokenizers that know no chats."""
+
+    name: str
+
+    def chat(self, messages: Sequence[Message], tools: Any = None) -> Rendered:
+        """Raise a DataError."""
+        raise DataError(
+            f"--tokenizer {self.name} has no chat template: take the tokenizer of a chat model, or "
+            "data of prompt and completion"
+        )
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Raise a DataError."""
+        return self.chat(messages).tokens.tolist()
+
+
+class ByteTokenizer(_NoTemplate):
     """UTF-8 bytes as they are, and one more token between documents."""
 
     name = "byte"
@@ -98,6 +136,10 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The bytes of several texts."""
         return [self.encode(text) for text in texts]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The bytes of `text`."""
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the bytes among `ids`; broken characters are marked."""
@@ -149,6 +191,30 @@ class HuggingFaceTokenizer:
         )["input_ids"]
         return list(ids)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of `text` after the special tokens that the tokenizer puts before a text; those that
+        it puts at an end are left out.
+        """
+        before = list(self._tokenizer("", verbose=False)["input_ids"])
+        whole = list(self._tokenizer(text, verbose=False)["input_ids"])
+        plain = self.encode(text)
+        for count in range(len(before) + 1):
+            if whole[: count + len(plain)] == before[:count] + plain:
+                return before[:count] + plain
+        return plain
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer, self.name)
+
+    def chat(self, messages: Sequence[Message], tools: Any = None) -> Rendered:
+        """A chat by the tokenizer's template; see `ChatTemplate.render`."""
+        return self._template.render(messages, tools)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a chat up to where the next answer begins."""
+        return self._template.prompt(messages)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included."""
         return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
@@ -171,7 +237,7 @@ class HuggingFaceTokenizer:
             raise DataError(f"--tokenizer {source} cannot be loaded: {cause}") from error
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(_NoTemplate):
     """A SentencePiece `.model` file.
 
     Raises:
@@ -210,6 +276,10 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts."""
         return [self.encode(text) for text in texts]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of `text`: as in corpora, without special pieces."""
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`."""

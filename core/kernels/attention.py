@@ -7,8 +7,8 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -64,13 +64,76 @@ class AttentionDropout:
     """Query heads of the whole layer."""
 
 
-def visible(pattern: AttentionPattern, s: int, z: int, device: torch.device) -> Tensor:
-    """Boolean `[s, z]`, true where a query sees a key."""
-    query = torch.arange(s, device=device)[:, None]
-    key = torch.arange(z, device=device)[None, :]
+def visible(pattern: AttentionPattern, query: Tensor, z: int) -> Tensor:
+    """Boolean `[..., s, z]`, true where queries at positions `[..., s]` see keys 0 to z - 1."""
+    query, key = query[..., None], torch.arange(z, device=query.device)
+    if not pattern.causal:
+        return torch.ones_like(query + key, dtype=torch.bool)
     seen = query >= key
     window = pattern.window_for(z)
     return seen if window is None else seen & (query - key < window)
+
+
+@dataclass(frozen=True)
+class QueryPositions:
+    """Queries whose place differs from row to row of a batch: those of generation."""
+
+    positions: Tensor
+    """int64 `[b, s]`: of each query among the keys, which stand at 0 to z - 1."""
+
+    def visible(self, pattern: AttentionPattern, z: int) -> Tensor:
+        """Boolean `[b, s, z]`, true where a query sees a key."""
+        return visible(pattern, self.positions, z)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Rows of several documents, one after another: a token sees its own document alone."""
+
+    ids: Tensor
+    """int64 `[b, s]`: which document of its row a token belongs to."""
+    positions: Tensor
+    """int64 `[b, s]`: of a token in its document."""
+    _blocks: dict[AttentionPattern, BlockMask] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    """By pattern, so that the layers of a forward pass share them."""
+
+    @classmethod
+    def between(cls, cu_seqlens: Tensor, s: int) -> "Documents":
+        """From the bounds of the documents, int `[b, n + 1]`, on the device and without a wait for
+        it: ascending from 0 to `s`, the last as often as it takes to fill the row.
+        """
+        token = torch.arange(s, device=cu_seqlens.device).expand(cu_seqlens.shape[0], s)
+        bounds = cu_seqlens.long()
+        ids = torch.searchsorted(bounds[:, 1:].contiguous(), token.contiguous(), right=True)
+        return cls(ids, token - bounds.gather(1, ids))
+
+    def visible(self, pattern: AttentionPattern, z: int) -> Tensor:
+        """Boolean `[b, s, z]`, true where a query sees a key."""
+        same = self.ids[:, :, None] == self.ids[:, None, :]
+        return same & visible(pattern, torch.arange(z, device=same.device), z)
+
+    def blocks(self, pattern: AttentionPattern) -> BlockMask:
+        """The same for flex attention."""
+        if pattern not in self._blocks:
+            ids, causal, window = self.ids, pattern.causal, pattern.window_for(self.ids.shape[1])
+
+            def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                found = ids[b, query] == ids[b, key]
+                if causal:
+                    found = found & (query >= key)
+                return found if window is None else found & (query - key < window)
+
+            rows, s = ids.shape
+            self._blocks[pattern] = _compiled_block_mask()(
+                seen, rows, None, s, s, device=str(ids.device)
+            )
+        return self._blocks[pattern]
+
+
+AttentionMask: TypeAlias = QueryPositions | Documents
+"""What hides more than a layer's pattern does, row by row."""
 
 
 def attention(
@@ -79,13 +142,15 @@ def attention(
     v: Tensor,
     pattern: AttentionPattern,
     dropout: AttentionDropout | None = None,
+    mask: AttentionMask | None = None,
 ) -> Tensor:
     """`softmax(q k^T * scale) v` for grouped queries.
 
-    On CUDA: cuDNN or flash attention; flex attention for a sliding window. With dropout, CUDA
-    kernels draw their mask from a generator seeded by layer, step, first sample and first head: the
-    one number in the project that differs between layouts. On a CPU the mask is a hash of the
-    global index, like every other.
+    On CUDA: cuDNN or flash attention; flex attention for a sliding window and for documents; for
+    generated tokens, whose few queries leave little to compute, torch's choice of kernel with an
+    explicit mask. With dropout, CUDA kernels draw their mask from a generator seeded by layer,
+    step, first sample and first head: the one number in the project that differs between layouts.
+    On a CPU the mask is a hash of the global index, like every other.
 
     Args:
         q: `[s, b, n, d]`.
@@ -93,26 +158,35 @@ def attention(
         v: `[z, b, g, d]`.
         pattern: which keys are seen.
         dropout: None in evaluation.
+        mask: what is hidden beside, row by row.
 
     Returns:
         `[s, b, n, d]`, in memory as the kernel likes.
 
     Raises:
-        ConfigError: dropout with a window that hides something, on CUDA.
+        ConfigError: dropout with documents or with a window that hides something, on CUDA.
     """
     qh, kh, vh = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     window = pattern.window_for(kh.shape[2])
-    if dropout is not None and not q.is_cuda:
-        out = _explicit(qh, kh, vh, pattern, dropout)
-    elif window is not None:
+    if q.is_cuda and (isinstance(mask, Documents) or (mask is None and window is not None)):
         if dropout is not None:
             raise ConfigError(
-                f"attention_dropout {dropout.p} with sliding_window {window} is only built for the "
-                "CPU: set attention_dropout to 0"
+                f"attention_dropout {dropout.p} with a sliding window ({window}) or separate "
+                "documents is only built for the CPU: set attention_dropout to 0"
             )
-        out = _windowed(qh, kh, vh, pattern, window)
-    else:
+        out = _flex(qh, kh, vh, pattern, mask)
+    elif mask is None and window is None and (dropout is None or q.is_cuda):
         out = _sdpa(qh, kh, vh, pattern, dropout)
+    else:
+        if mask is None:
+            seen = visible(pattern, torch.arange(q.shape[0], device=q.device), k.shape[0])
+        else:
+            seen = mask.visible(pattern, k.shape[0])
+        out = (
+            _masked(qh, kh, vh, pattern.scale, seen)
+            if dropout is None
+            else _explicit(qh, kh, vh, pattern.scale, seen, dropout)
+        )
     return out.permute(2, 0, 1, 3)
 
 
@@ -147,15 +221,32 @@ def mask_generator(dropout: AttentionDropout, device: torch.device) -> Iterator[
         yield
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, window: int) -> Tensor:
+def _masked(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor) -> Tensor:
+    """With an explicit mask, `[s, z]` or `[b, s, z]`. The queries of a group stand one after
+    another in its one head, as fused kernels take no mask together with grouped queries.
+    """
+    repeat = q.shape[1] // k.shape[1]
+    grouped = q.unflatten(1, (k.shape[1], repeat)).flatten(2, 3)
+    mask = torch.cat([seen if seen.dim() == 2 else seen[:, None]] * repeat, dim=-2)
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+    return out.unflatten(2, (repeat, -1)).flatten(1, 2)
+
+
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, documents: Documents | None
+) -> Tensor:
+    """The one kernel for masks in blocks, which skips those that are hidden: the measurements are
+    those of benchmarks/varlen_attention.py.
+    """
+    if documents is None:
+        window = pattern.window_for(k.shape[2])
+        assert window is not None, "what hides nothing needs no mask"
+        blocks = _window_blocks(q.shape[2], k.shape[2], window, q.device)
+    else:
+        blocks = documents.blocks(pattern)
     gqa = q.shape[1] != k.shape[1]
-    if not q.is_cuda:
-        mask = visible(pattern, q.shape[2], k.shape[2], q.device)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=pattern.scale, enable_gqa=gqa
-        )
-    blocks = _block_mask(q.shape[2], k.shape[2], window, q.device)
-    return _compiled_flex()(q, k, v, block_mask=blocks, scale=pattern.scale, enable_gqa=gqa)
+    out: Tensor = _compiled_flex()(q, k, v, block_mask=blocks, scale=pattern.scale, enable_gqa=gqa)
+    return out
 
 
 @functools.cache
@@ -163,8 +254,13 @@ def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
+@functools.cache
+def _compiled_block_mask() -> Callable[..., Any]:
+    return torch.compile(create_block_mask)
+
+
 @functools.lru_cache(maxsize=8)
-def _block_mask(s: int, z: int, window: int, device: torch.device) -> BlockMask:
+def _window_blocks(s: int, z: int, window: int, device: torch.device) -> BlockMask:
     def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (query - key < window)
 
@@ -172,7 +268,7 @@ def _block_mask(s: int, z: int, window: int, device: torch.device) -> BlockMask:
 
 
 def _explicit(
-    q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, dropout: AttentionDropout
+    q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor, dropout: AttentionDropout
 ) -> Tensor:
     """All scores in memory: for small problems on a CPU, where the mask must not depend on the
     layout.
@@ -181,9 +277,9 @@ def _explicit(
     z = k.shape[2]
     repeat = n // k.shape[1]
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-    scores = upcast(q @ k.transpose(-1, -2)) * pattern.scale
-    if pattern.causal:
-        scores = scores.masked_fill(~visible(pattern, s, z, q.device), float("-inf"))
+    scores = upcast(q @ k.transpose(-1, -2)) * scale
+    hidden = ~(seen if seen.dim() == 2 else seen[:, None])
+    scores = scores.masked_fill(hidden, float("-inf"))
     weights = scores.softmax(-1)
     sample = torch.arange(b, device=q.device) + dropout.key.first_sample
     head = torch.arange(n, device=q.device) + dropout.first_head

@@ -166,10 +166,13 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     Args:
         q: `[s, b, n, d]`.
         k: `[s, b, groups, d]`.
-        cos: `[s, r]`, r <= d; dimensions from r on are left as they are.
-        sin: `[s, r]`.
+        cos: `[s, r]`, r <= d, or `[s, b, r]` where positions differ from row to row; dimensions
+            from r on are left as they are.
+        sin: likewise.
     """
-    cos, sin = cos[:, None, None, :], sin[:, None, None, :]
+    if cos.dim() == 2:
+        cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos[:, :, None], sin[:, :, None]
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from core.config.transformer import TransformerConfig
-from core.kernels.attention import AttentionDropout, AttentionPattern, attention
+from core.kernels.attention import AttentionDropout, AttentionMask, AttentionPattern, attention
 from core.kernels.elementwise import rotary
 from core.layers.forward_info import ForwardInfo
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -44,9 +44,18 @@ class CoreAttention(nn.Module):
             config.num_attention_heads, place.ctx.tp.rank, place.ctx.tp.size
         )[0]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, key: DropoutKey | None) -> Tensor:
-        """`[s, b, n, d]`, `[z, b, g, d]`, `[z, b, g, d]` to `[s, b, n * d]`."""
-        return attention(q, k, v, self.pattern, self._dropout(key)).flatten(2, 3)
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key: DropoutKey | None,
+        mask: AttentionMask | None = None,
+    ) -> Tensor:
+        """`[s, b, n, d]`, `[z, b, g, d]`, `[z, b, g, d]` to `[s, b, n * d]`; `mask` hides more than
+        the layer's pattern, row by row.
+        """
+        return attention(q, k, v, self.pattern, self._dropout(key), mask).flatten(2, 3)
 
     def _dropout(self, key: DropoutKey | None) -> AttentionDropout | None:
         if self.p == 0.0 or key is None:
@@ -128,12 +137,13 @@ class SelfAttention(_Attention):
         Args:
             config: architecture.
             place: axes, format and device.
-            name: global name of this module, for its dropout stream.
+            name: global name of this module, for its dropout stream and the cache.
             submodules: specs of the parts.
             causal: whether a token sees only those before it.
             window: sliding window.
         """
         super().__init__(config, place)
+        self.name = name
         self.linear_qkv = build_module(
             submodules.linear_qkv,
             place,
@@ -161,7 +171,10 @@ class SelfAttention(_Attention):
         q, k = self.q_norm(q), self.k_norm(k)
         if info.rotary is not None:
             q, k = rotary(q, k, *info.rotary)
-        return self.linear_proj(self.core_attention(q, k, v, info.key))
+        mask: AttentionMask | None = info.documents
+        if info.cache is not None:
+            k, v, mask = info.cache.extend(self.name, k, v)
+        return self.linear_proj(self.core_attention(q, k, v, info.key, mask))
 
 
 @dataclass(frozen=True)

@@ -104,3 +104,15 @@ class RotaryEmbedding:
                 self._tables[device] = cos.to(device), sin.to(device)
         cos, sin = self._tables[device]
         return cos[start:end], sin[start:end]
+
+    def at(
+        self, positions: Tensor | None, length: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of the tables for int64 positions `[b, s]`, all below `length`: two fp32 tensors
+        `[s, b, r]`; without positions those of 0 to `length` - 1, `[length, r]`.
+        """
+        cos, sin = self(length, device)
+        if positions is None:
+            return cos, sin
+        rows = positions.t()
+        return cos[rows], sin[rows]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from core.config.transformer import TransformerConfig
 from core.data_parallel.derived import derived
 from core.data_parallel.main_grad import put_off, say_ready
-from core.kernels.attention import mask_generator
+from core.kernels.attention import AttentionMask, mask_generator
 from core.layers.attention import CoreAttention
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.norm import LayerNorm, RMSNorm, declare_norm
@@ -400,8 +400,17 @@ class EngineCoreAttention(CoreAttention):
             for p in {0.0, self.p}
         }
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, key: DropoutKey | None) -> Tensor:
-        """`[s, b, n, d]`, `[z, b, g, d]`, `[z, b, g, d]` to `[s, b, n * d]`."""
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key: DropoutKey | None,
+        mask: AttentionMask | None = None,
+    ) -> Tensor:
+        """As the local attention, which also serves masks that differ from row to row."""
+        if mask is not None:
+            return super().forward(q, k, v, key, mask)
         dropout = self._dropout(key)
         if dropout is None:
             y: Tensor = self._kernels[0.0](q, k, v)

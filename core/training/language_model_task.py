@@ -1,4 +1,6 @@
-"""The task of every decoder-only language model: next-token loss over `.bin/.idx` text."""
+"""The task of every decoder-only language model: next-token loss over `.bin/.idx` text
+or over the answers of chats.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from core.backends.chosen import chosen_backend
 from core.backends.local import LocalSpecProvider
 from core.backends.provider import BackendSpecProvider
 from core.config.data import DataConfig
 from core.config.parallel import RecomputeConfig
+from core.config.run import RunConfig
 from core.config.transformer import (
     TransformerConfig,
     validate_attention,
@@ -22,7 +26,7 @@ from core.config.transformer import (
 from core.data.builder import Datasets, build_datasets
 from core.data.loader import Batch
 from core.data.tokenizers import Tokenizer
-from core.kernels.attention import chosen_kernel
+from core.kernels.attention import Documents, chosen_kernel
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
 from core.parallel.random import DropoutKey
@@ -67,6 +71,31 @@ class LanguageModelTask:
     label_smoothing: float = 0.0
     """In training only."""
 
+    @classmethod
+    def of(
+        cls,
+        family: str,
+        config: RunConfig[TransformerConfig],
+        *,
+        build: BuildLanguageModel,
+        importer: ImportWeights,
+    ) -> "LanguageModelTask":
+        """The task that a run asks of a family.
+
+        Raises:
+            ConfigError: the backend is not installed.
+        """
+        model = config.model
+        return cls(
+            family,
+            model,
+            build,
+            importer,
+            config.parallel.recompute,
+            chosen_backend(config.backend, config.precision, config.parallel, model.num_layers),
+            config.train.label_smoothing,
+        )
+
     def validate(self, ctx: ParallelContext, data: DataConfig) -> None:
         """Check that the architecture is sound and fits layout, data and device.
 
@@ -81,7 +110,12 @@ class LanguageModelTask:
             sequence_parallel=ctx.sequence_parallel,
             seq_length=data.seq_length,
         )
-        validate_attention(self.model_config, ctx.device.type, seq_length=data.seq_length)
+        validate_attention(
+            self.model_config,
+            ctx.device.type,
+            seq_length=data.seq_length,
+            separate_documents=data.separate_documents,
+        )
 
     def parts(self, data: DataConfig) -> Sequence[Part]:
         """Embedding, layers, head."""
@@ -119,6 +153,8 @@ class LanguageModelTask:
         windows = {config.window_of(i) for i in range(config.num_layers)} - {None}
         if any(window < data.seq_length for window in windows if window is not None):
             lines.append(f"attention with a window of {windows}: flex attention, compiled")
+        if data.separate_documents:
+            lines.append("attention within documents: flex attention, compiled")
         return lines
 
     def make_datasets(
@@ -136,6 +172,7 @@ class LanguageModelTask:
             eod=tokenizer.eod if tokenizer is not None and data.mask_eod_loss else None,
             num_samples=num_samples,
             seed=seed,
+            tokenizer=tokenizer,
         )
 
     def count(self, batch: Batch) -> dict[str, int]:
@@ -147,7 +184,11 @@ class LanguageModelTask:
     ) -> LossOutput | Mapping[str, Tensor]:
         """Sum of the next-token cross entropy over the tokens that count, or hidden states."""
         smoothing = 0.0 if key is None else self.label_smoothing
-        losses = chunk(batch.tokens, batch.labels, key, smoothing, received.get("hidden"))
+        documents = None
+        if batch.cu_seqlens is not None:
+            documents = Documents.between(batch.cu_seqlens, batch.tokens.shape[1])
+        hidden = received.get("hidden")
+        losses = chunk(batch.tokens, batch.labels, key, smoothing, hidden, documents)
         if chunk.output_layer is None:
             return {"hidden": losses}
         # Not a product: a loss that is not finite at a token that does not count must not spread.

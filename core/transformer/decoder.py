@@ -49,7 +49,7 @@ def decoder_layer_spec(
         return ModuleSpec(
             ParallelResidualLayer,
             submodules=ParallelResidualLayerSubmodules(
-                input_norm=norm, self_attention=attention, pre_mlp_norm=norm, mlp=mlp
+                input_norm=input_norm, self_attention=attention, pre_mlp_norm=pre_mlp_norm, mlp=mlp
             ),
         )
     return ModuleSpec(

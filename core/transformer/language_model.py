@@ -10,10 +10,13 @@ Legend: b batch, s sequence, h width, v this rank's part of the vocabulary.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from core.config.parallel import RecomputeConfig
 from core.config.transformer import TransformerConfig
+from core.generation.cache import KeyValueCache
+from core.kernels.attention import Documents
 from core.kernels.cross_entropy import vocab_parallel_cross_entropy
 from core.layers.dropout import Dropout
 from core.layers.embedding import LearnedPositions, VocabParallelEmbedding, VocabParallelHead
@@ -121,17 +124,32 @@ class LanguageModel(nn.Module):
             )
 
     def hidden_states(
-        self, tokens: Tensor, key: DropoutKey | None = None, received: Tensor | None = None
+        self,
+        tokens: Tensor,
+        key: DropoutKey | None = None,
+        received: Tensor | None = None,
+        *,
+        documents: Documents | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """`[b, s]` to the input of the head, `[s, b, h]` (`[s / tp, b, h]` under sequence
         parallelism); without the embedding, from `received`, hidden states of that shape.
+
+        Positions count from the start of a row, or of each document. With a cache, which says at
+        which positions they stand, the tokens go on from those before.
         """
+        length = tokens.shape[1]
+        positions = None if documents is None else documents.positions
+        if cache is not None and cache.positions is not None:
+            length, positions = cache.capacity, cache.positions
         rotary = None
         if self.rotary is not None:
-            rotary = self.rotary(tokens.shape[1], tokens.device)
-        hidden = received if self.embedding is None else self.embedding(tokens, key)
+            rotary = self.rotary.at(positions, length, tokens.device)
+        hidden = received if self.embedding is None else self.embedding(tokens, key, positions)
         assert hidden is not None
-        out: Tensor = self.decoder(hidden, ForwardInfo(rotary, key))
+        out: Tensor = self.decoder(
+            hidden, ForwardInfo(rotary, key, documents=documents, cache=cache)
+        )
         return out
 
     def forward(
@@ -141,6 +159,7 @@ class LanguageModel(nn.Module):
         key: DropoutKey | None = None,
         label_smoothing: float = 0.0,
         received: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Cross entropy of every token, in at least fp32; or without the head, hidden states.
 
@@ -150,12 +169,13 @@ class LanguageModel(nn.Module):
             key: makes dropout masks; None in evaluation.
             label_smoothing: share of the target that all tokens divide among them.
             received: hidden states from the piece before, unless the embedding is here.
+            documents: what attention must not cross; None where a row is one text.
 
         Returns:
             `[b, s]`, the same on all tp ranks; hidden states are `[s, b, h]` (`[s / tp, b, h]`
             under sequence parallelism).
         """
-        hidden = self.hidden_states(tokens, key, received)
+        hidden = self.hidden_states(tokens, key, received, documents=documents)
         if self.output_layer is None:
             return hidden
         logits = self.output_layer(hidden)
@@ -166,9 +186,19 @@ class LanguageModel(nn.Module):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits of the whole vocabulary, `[b, s, vocab]`, on every rank: an all-gather over tp."""
+        return self._logits(self.hidden_states(tokens)).transpose(0, 1)
+
+    def next_logits(self, tokens: Tensor, cache: KeyValueCache, last: Tensor) -> Tensor:
+        """Logits of what follows token `last` (int64 `[b]`, a place in `tokens`) of every row,
+        `[b, vocab]`, on every rank: an all-gather over tp.
+        """
+        hidden = self.hidden_states(tokens, cache=cache)
+        rows = torch.arange(tokens.shape[0], device=tokens.device)
+        return self._logits(hidden[last, rows][None])[0]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         assert self.output_layer is not None, "a piece without the head has no logits"
-        local = self.output_layer(self.hidden_states(tokens))
-        whole = gather_last(local, self.output_layer.part.axis)
+        whole = gather_last(self.output_layer(hidden), self.output_layer.part.axis)
         # Every rank's columns are padded alike, and padding rows come after all tokens of the last
         # ranks.
-        return whole[..., : self.config.vocab_size].transpose(0, 1)
+        return whole[..., : self.config.vocab_size]

@@ -13,7 +13,7 @@ from core.config.transformer import TransformerConfig
 from core.layers.dropout import BiasDropoutAdd
 from core.layers.forward_info import ForwardInfo
 from core.parallel.placement import Placement
-from core.parallel.recompute import recompute_module
+from core.parallel.recompute import Recompute, recompute_module, recomputed
 from core.spec import IdentityOp, ModuleSpec, build_module
 
 
@@ -70,9 +70,9 @@ class ParallelResidualLayer(nn.Module):
         out: Tensor = self.mlp_add(branch, self.mlp.output_bias, hidden, info.key)
         return out
 
-    def recompute_modules(self, names: Sequence[str]) -> None:
+    def recompute_modules(self, names: Sequence[str], again: Recompute = recomputed) -> None:
         """Recompute `core_attention`, `mlp` or `norm` in training instead of keeping their
-        activations.
+        activations; `again` does it.
         """
         chosen = {
             "core_attention": [self.self_attention.core_attention],
@@ -82,4 +82,4 @@ class ParallelResidualLayer(nn.Module):
         for name in names:
             for module in chosen[name]:
                 if not isinstance(module, IdentityOp):
-                    recompute_module(module)
+                    recompute_module(module, again)

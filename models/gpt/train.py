@@ -20,20 +20,11 @@ CHOICE = ModelChoice(presets=PRESETS, default="gpt-tiny", validate=validate_run)
 
 def gpt_task(config: RunConfig[TransformerConfig]) -> "TrainTask":
     """The family's part in training. Imports torch, which `--help` does without."""
-    from core.backends.chosen import chosen_backend
     from core.training.language_model_task import LanguageModelTask
     from models.gpt.convert import import_weights
     from models.gpt.model import build_gpt
 
-    return LanguageModelTask(
-        family="gpt",
-        model_config=config.model,
-        build=build_gpt,
-        importer=import_weights,
-        recompute=config.parallel.recompute,
-        backend=chosen_backend(config.precision, config.model.num_layers),
-        label_smoothing=config.train.label_smoothing,
-    )
+    return LanguageModelTask.of("gpt", config, build=build_gpt, importer=import_weights)
 
 
 if __name__ == "__main__":

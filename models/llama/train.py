@@ -21,22 +21,11 @@ CHOICE = ModelChoice(presets=PRESETS, default="tiny", validate=validate_run)
 
 def llama_task(config: RunConfig[TransformerConfig]) -> "TrainTask":
     """The family's part in training. Imports torch, which `--help` does without."""
-    from core.backends.chosen import chosen_backend
     from core.training.language_model_task import LanguageModelTask
     from models.llama.convert import import_weights
     from models.llama.model import build_llama
 
-    return LanguageModelTask(
-        family="llama",
-        model_config=config.model,
-        build=build_llama,
-        importer=import_weights,
-        recompute=config.parallel.recompute,
-        backend=chosen_backend(
-            config.backend, config.precision, config.parallel, config.model.num_layers
-        ),
-        label_smoothing=config.train.label_smoothing,
-    )
+    return LanguageModelTask.of("llama", config, build=build_llama, importer=import_weights)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from core.data_parallel.main_grad import accumulate_product, expire
 from core.kernels.attention import (
     AttentionDropout,
     AttentionPattern,
+    Documents,
+    QueryPositions,
     attention,
     chosen_kernel,
     visible,
@@ -97,6 +99,12 @@ CASES: list[tuple[str, Callable[..., Any], list[Tensor], tuple[Any, ...]]] = [
         rotary,
         [_random(64, 2, 4, 32), _random(64, 2, 2, 32)],
         (torch.rand(64, 16).cos(), torch.rand(64, 16).sin()),
+    ),
+    (
+        "rotary by row",
+        rotary,
+        [_random(64, 2, 4, 32), _random(64, 2, 2, 32)],
+        (torch.rand(64, 2, 16).cos(), torch.rand(64, 2, 16).sin()),
     ),
     (
         "cross_entropy",
@@ -187,7 +195,7 @@ def _attention_reference(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPatt
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * pattern.scale
     if pattern.causal:
-        mask = visible(pattern, q.shape[2], k.shape[2], q.device)
+        mask = visible(pattern, torch.arange(q.shape[2], device=q.device), k.shape[2])
         scores = scores.masked_fill(~mask, float("-inf"))
     return (scores.softmax(-1) @ v).permute(2, 0, 1, 3)
 
@@ -202,6 +210,49 @@ def test_attention(causal: bool, window: int | None) -> None:
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, pattern) if q.is_cuda else _attention_reference(q, k, v, pattern)
+
+    _close(_both(run, tensors, (), torch.bfloat16), 2e-2)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_documents(window: int | None) -> None:
+    """Row by row other bounds, and new bounds without a new graph; the CPU's is the plain one."""
+    pattern = AttentionPattern(True, 0.1, window)
+    tensors = [_random(256, 2, 8, 64), _random(256, 2, 2, 64), _random(256, 2, 2, 64)]
+    graphs = []
+    for bounds in ([[0, 100, 130, 256], [0, 7, 256, 256]], [[0, 1, 2, 256], [0, 256, 256, 256]]):
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+
+        def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor = cu_seqlens) -> Tensor:
+            documents = Documents.between(cu_seqlens.to(q.device), 256)
+            return attention(q, k, v, pattern, mask=documents)
+
+        _close(_both(run, tensors, (), torch.bfloat16), 2e-2)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1]
+
+
+def test_documents_never_wait_for_the_device() -> None:
+    shapes = [(256, 2, 8, 64), (256, 2, 2, 64), (256, 2, 2, 64)]
+    q, k, v = (_random(*shape).cuda().bfloat16().requires_grad_() for shape in shapes)
+    bounds = torch.tensor([[0, 100, 130, 256], [0, 7, 256, 256]], dtype=torch.int32).pin_memory()
+    try:
+        for step in range(4):
+            if step == 2:  # what is compiled has been by then
+                torch.cuda.set_sync_debug_mode("error")
+            documents = Documents.between(bounds.to("cuda", non_blocking=True), 256)
+            attention(q, k, v, AttentionPattern(True, 0.1), mask=documents).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_queries_at_given_positions() -> None:
+    pattern = AttentionPattern(True, 0.1, 100)
+    tensors = [_random(1, 2, 8, 64), _random(256, 2, 2, 64), _random(256, 2, 2, 64)]
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = QueryPositions(torch.tensor([[255], [20]], device=q.device))
+        return attention(q, k, v, pattern, mask=mask)
 
     _close(_both(run, tensors, (), torch.bfloat16), 2e-2)
 

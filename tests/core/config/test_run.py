@@ -102,6 +102,37 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "--train.eval-interval 5 has no data",
     ),
     (
+        "_evaluation_has_data",
+        {
+            "train": TrainConfig(eval_interval=5),
+            "data": DataConfig(sft=("chats",), seq_length=128),
+            "tokenizer": "tok",
+        },
+        "--train.eval-interval 5 has no data: name some with --data.sft-valid",
+    ),
+    (
+        "_evaluation_has_data",
+        {
+            "data": DataConfig(sft=("chats",), sft_valid=("held", "out"), seq_length=128),
+            "tokenizer": "tok",
+        },
+        "--data.sft-valid held out does nothing without --train.eval-interval",
+    ),
+    (
+        "_chats_have_a_tokenizer",
+        {"data": DataConfig(sft=("chats",), seq_length=128)},
+        "--data.sft needs the tokenizer",
+    ),
+    (
+        "_attention_has_a_kernel",
+        {
+            "model": dataclasses.replace(MODEL, attention_dropout=0.1),
+            "data": data(reset_attention_mask=True),
+            "device": "cuda",
+        },
+        "attention_dropout 0.1 with documents that do not see each other",
+    ),
+    (
         "_master_weights_are_kept",
         {
             "parallel": ParallelConfig(data_parallel="fsdp2"),
@@ -128,6 +159,11 @@ SOUND: list[dict[str, Any]] = [
     {"train": TrainConfig(save_interval=5), "save": "out"},
     {"train": TrainConfig(eval_interval=5)},
     {"train": TrainConfig(eval_interval=5), "data": data(valid=("other",))},
+    {
+        "train": TrainConfig(eval_interval=5),
+        "data": DataConfig(sft=("chats",), sft_valid=("held out",), seq_length=128),
+        "tokenizer": "tok",
+    },
     {
         "train": TrainConfig(eval_interval=5),
         "data": DataConfig(synthetic=True, seq_length=128),

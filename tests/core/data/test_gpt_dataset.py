@@ -61,6 +61,39 @@ def test_predictions_at_end_of_document_are_left_out_when_asked(prefix: Path) ->
         open_dataset(prefix, options=replace(OPTIONS, mask_eod_loss=True, eod=None))
 
 
+@pytest.mark.parametrize("mask_eod_loss", [False, True])
+def test_documents_are_told_apart_when_asked(prefix: Path, mask_eod_loss: bool) -> None:
+    """Token 0 ends every document of this corpus, and nothing else."""
+    apart = replace(OPTIONS, separate_documents=True, mask_eod_loss=mask_eod_loss)
+    dataset, plain = open_dataset(prefix, options=apart), open_dataset(prefix)
+    most = 0
+    for sample, other in ((dataset[i], plain[i]) for i in range(len(dataset))):
+        assert (sample["tokens"] == other["tokens"]).all()
+        bounds = sample["cu_seqlens"]
+        assert bounds.dtype == np.int32
+        ends = np.flatnonzero(sample["tokens"] == 0) + 1
+        assert bounds.tolist() == sorted({0, *ends.tolist(), 8})
+        # What follows an end of document is the next one's first token.
+        assert (sample["loss_mask"] == (sample["tokens"] != 0)).all()
+        most = max(most, len(bounds))
+    assert most > 3
+    assert "cu_seqlens" not in plain[0]
+
+
+def test_documents_without_an_end_token_are_told_apart(tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "corpus", np.dtype(np.uint16)) as writer:
+        for first in (10, 20, 30):
+            writer.add_document(list(range(first, first + 3)))
+        writer.finish()
+    options = replace(OPTIONS, separate_documents=True, eod=None)
+    sample = open_dataset(tmp_path / "corpus", None, options)[0]
+    tens = sample["tokens"] // 10
+    starts = [i for i in range(8) if i == 0 or tens[i] != tens[i - 1]]
+    assert sample["cu_seqlens"].tolist() == [*starts, 8]
+    assert (sample["loss_mask"] == (sample["labels"] // 10 == tens)).all()
+    assert sample["loss_mask"].sum() == 6
+
+
 def test_a_partial_sample_is_padded_and_masked(tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "corpus", np.dtype(np.uint16)) as writer:
         writer.add_document(list(range(1, 14)))

@@ -195,3 +195,27 @@ def test_no_number_is_drawn_from_the_global_generator() -> None:
     state = torch.random.get_rng_state()
     BatchLoader(Numbered(), dp_rank=0, dp_size=1, microbatch_size=2).fetch(0, 1)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+class Packed(Numbered):
+    """Sample i has i documents, but for the last token."""
+
+    def __getitem__(self, index: int) -> Sample:
+        bounds = np.array([*range(index), 4], dtype=np.int32)
+        return {**super().__getitem__(index), "cu_seqlens": bounds}
+
+
+@pytest.mark.parametrize(("first", "documents"), [(1, 2), (2, 4), (3, 4)])
+def test_bounds_of_documents_are_filled_up(first: int, documents: int) -> None:
+    loader = BatchLoader(Packed(5), dp_rank=0, dp_size=1, microbatch_size=1)
+    batches = loader.fetch(first, 2)
+    for index, batch in enumerate(batches, first):
+        assert batch.cu_seqlens is not None
+        assert batch.cu_seqlens.dtype == torch.int32
+        expected = [*range(index), *[4] * (documents + 1 - index)]
+        assert batch.cu_seqlens.tolist() == [expected]
+        assert batch.to(torch.device("cpu")).cu_seqlens is not None
+    assert (
+        BatchLoader(Numbered(), dp_rank=0, dp_size=1, microbatch_size=1).fetch(0, 1)[0].cu_seqlens
+        is None
+    )

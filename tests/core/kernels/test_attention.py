@@ -1,11 +1,19 @@
 import dataclasses
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from core.kernels.attention import AttentionDropout, AttentionPattern, attention, visible
+from core.kernels.attention import (
+    AttentionDropout,
+    AttentionPattern,
+    Documents,
+    QueryPositions,
+    attention,
+    visible,
+)
 from core.parallel.random import DropoutKey, philox
 
 CPU = torch.device("cpu")
@@ -93,9 +101,9 @@ def test_bf16(name: str) -> None:
 
 
 def test_visible_counts_the_token_itself() -> None:
-    seen = visible(AttentionPattern(True, 1.0, window=2), 4, 4, CPU)
+    seen = visible(AttentionPattern(True, 1.0, window=2), torch.arange(4), 4)
     assert seen.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
-    seen = visible(AttentionPattern(True, 1.0), 3, 3, CPU)
+    seen = visible(AttentionPattern(True, 1.0), torch.arange(3), 3)
     assert seen.int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
 
 
@@ -162,3 +170,77 @@ def test_masks_differ_by_seed_step_and_sample(change: dict[str, int]) -> None:
     a = attention(q, k, v, PATTERNS["causal"], _dropout(0.4))
     b = attention(q, k, v, PATTERNS["causal"], other)
     assert not torch.allclose(a, b)
+
+
+# ---- Masks by row --------------------------------------------------------------------------------
+
+BOUNDS = torch.tensor([[0, 2, 3, 9, 9], [0, 4, 9, 9, 9]], dtype=torch.int32)
+
+
+def _part(tensors: list[Tensor], a: int, b: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (x[a:b, row : row + 1] for x in tensors)
+    return q, k, v
+
+
+def test_documents_from_their_bounds() -> None:
+    documents = Documents.between(BOUNDS, S)
+    assert documents.ids.tolist() == [[0, 0, 1, 2, 2, 2, 2, 2, 2], [0, 0, 0, 0, 1, 1, 1, 1, 1]]
+    assert documents.positions.tolist() == [
+        [0, 1, 0, 0, 1, 2, 3, 4, 5],
+        [0, 1, 2, 3, 0, 1, 2, 3, 4],
+    ]
+    one = Documents.between(torch.tensor([[0, 3]], dtype=torch.int32), 3)
+    assert one.positions.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_documents_are_as_if_apart(name: str, groups: int) -> None:
+    results = []
+    for together in (True, False):
+        q, k, v = leaves = [x.requires_grad_() for x in _inputs(groups)]
+        if together:
+            mask = Documents.between(BOUNDS, S)
+            out = attention(q, k, v, PATTERNS[name], mask=mask)
+        else:
+            rows = []
+            for row, bounds in enumerate(BOUNDS.tolist()):
+                parts = [
+                    _reference(*_part(leaves, a, b, row), PATTERNS[name])
+                    for a, b in itertools.pairwise(bounds)
+                    if a < b
+                ]
+                rows.append(torch.cat(parts))
+            out = torch.cat(rows, dim=1)
+        weight = torch.arange(out.numel(), dtype=torch.float64).view(out.shape).sin()
+        results.append([out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_within_documents() -> None:
+    """The mask is that of the whole row: what documents hide is left out of the sum."""
+    q, k, v = _inputs(2)
+    out = attention(q, k, v, PATTERNS["window"], _dropout(0.25), Documents.between(BOUNDS, S))
+    keep = _keep(0.25, S)
+    for row, bounds in enumerate(BOUNDS.tolist()):
+        for a, b in itertools.pairwise(bounds):
+            if a < b:
+                kept = keep[row : row + 1, :, a:b, a:b]
+                part = _part([q, k, v], a, b, row)
+                expected = _reference(*part, PATTERNS["window"], kept)
+                torch.testing.assert_close(
+                    out[a:b, row : row + 1], expected, rtol=1e-12, atol=1e-12
+                )
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("name", ["causal", "window", "window of one"])
+def test_queries_at_given_positions(name: str, groups: int) -> None:
+    q, k, v = _inputs(groups)
+    whole = attention(q, k, v, PATTERNS[name])
+    positions = torch.tensor([[2, 3, 8], [0, 5, 6]])
+    rows = torch.arange(B)
+    some = q[positions.t(), rows]
+    out = attention(some, k, v, PATTERNS[name], mask=QueryPositions(positions))
+    torch.testing.assert_close(out, whole[positions.t(), rows], rtol=1e-12, atol=1e-12)

@@ -106,6 +106,16 @@ def test_tables_of_any_start_are_parts_of_one() -> None:
     assert torch.equal(rotary(7, CPU, start=50)[1], rotary(57, CPU)[1][50:])
 
 
+def test_tables_at_positions() -> None:
+    rotary = RotaryEmbedding(RopeConfig(), 8)
+    positions = torch.tensor([[0, 1, 0], [5, 6, 7]])
+    for table, whole in zip(rotary.at(positions, 8, CPU), rotary(8, CPU), strict=True):
+        assert table.shape == (3, 2, 8)
+        assert torch.equal(table[:, 0], whole[[0, 1, 0]])
+        assert torch.equal(table[:, 1], whole[5:8])
+    assert torch.equal(rotary.at(None, 4, CPU)[1], rotary(4, CPU)[1])
+
+
 def test_generation_first_does_not_spoil_training() -> None:
     rotary = RotaryEmbedding(RopeConfig(), 8)
     with torch.inference_mode():

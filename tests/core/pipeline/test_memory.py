@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import core.kernels.elementwise
 import core.layers.attention
 import core.layers.dropout
 import core.layers.linear
@@ -25,6 +26,7 @@ from core.config.train import TrainConfig
 from core.config.transformer import TransformerConfig
 from core.data.loader import Batch
 from core.layers.forward_info import ForwardInfo
+from core.layers.products import Factor
 from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext
 from core.pipeline.costs import language_model_parts
@@ -61,9 +63,10 @@ SEQUENCE, MICROBATCHES = 64, 8
 MICROBATCH = Microbatch(seq_length=SEQUENCE, dtype="fp32")
 COMPILED = (
     (core.layers.norm, "rms_norm"),
+    (core.kernels.elementwise, "rms_norm"),
     (core.layers.norm, "layer_norm"),
     (core.layers.attention, "rotary"),
-    (core.layers.mlp, "gated_activation"),
+    (core.kernels.elementwise, "plain_gated_activation"),
     (core.layers.mlp, "biased_activation"),
     (core.layers.dropout, "add_bias"),
 )
@@ -113,11 +116,12 @@ def counted(model: StagedModel) -> Iterator[Ledger]:
         assert chunk.rotary is not None
         for table in chunk.rotary(SEQUENCE, CPU):
             ledger.leave_out(table)
-    product = core.layers.linear._product
+    later = core.layers.linear._later
 
-    def noted_product(weight: Any, dy: Tensor, x: Tensor, *others: Any) -> Callable[[], None]:
-        ledger.note(dy)
-        return product(weight, dy, x, *others)
+    def noted_later(plan: Any, weight: Any, dy: Factor, x: Factor) -> Callable[[], None]:
+        for tensor in dy.by_token:
+            ledger.note(tensor)
+        return later(plan, weight, dy, x)
 
     def pack(tensor: Tensor) -> Tensor:
         ledger.note(tensor)
@@ -126,7 +130,7 @@ def counted(model: StagedModel) -> Iterator[Ledger]:
     with pytest.MonkeyPatch.context() as patch:
         for module, name in COMPILED:
             patch.setattr(module, name, _as_compiled(module, name))
-        patch.setattr(core.layers.linear, "_product", noted_product)
+        patch.setattr(core.layers.linear, "_later", noted_later)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield ledger
 

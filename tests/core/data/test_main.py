@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.data.__main__ import main
+from core.data.indexed_dataset import IndexedDatasetWriter
+from core.testing.chat_tokenizers import save_chat_tokenizer
+
+CHAT = (
+    '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo 🙂"}]}\n'
+)
+
+
+def test_a_packed_sample_of_chats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = save_chat_tokenizer(tmp_path / "tok")
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(CHAT + '{"prompt": "one", "completion": " two"}\n')
+    options = ["--data.sft", str(chats), "--data.seq-length", "60"]
+    main(["show", "--tokenizer", str(tokenizer), *options])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("sample 0 of 1 of the train set: 60 tokens, 13 of them learnt, in 3")
+    text = "\n".join(lines)
+    answer = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n⟦yo 🙂<|im_end|>⟧"
+    assert answer in text
+    assert "one⟦ two<|im_end|>⟧" in text
+    assert "that nothing is learnt from" in lines[-1]
+
+
+def test_a_sample_of_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with IndexedDatasetWriter(tmp_path / "c", np.dtype(np.uint16)) as writer:
+        for text in ("abc", "defg"):
+            writer.add_document([*text.encode(), 256])
+        writer.finish()
+    options = ["--data.train", str(tmp_path / "c"), "--data.split", "1", "--data.seq-length", "8"]
+    main(["show", "--tokenizer", "byte", *options])
+    plain = capsys.readouterr().out.splitlines()
+    assert plain[0] == "sample 0 of 1 of the train set: 8 tokens, 8 of them learnt, in 1 document"
+    assert plain[1] == "--- document 1: 9 tokens, 8 of them learnt"
+    assert plain[2] in ("a⟦bcdefg⟧", "d⟦efgabc⟧")
+    main(["show", "--tokenizer", "byte", *options, "--data.reset-attention-mask"])
+    apart = capsys.readouterr().out
+    assert "in 2 documents" in apart
+    assert "a⟦bc⟧" in apart
+    assert "d⟦efg⟧" in apart
+
+
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["show", "--tokenizer", "byte", "--data.sft", str(tmp_path / "none.jsonl")])
+    assert "--data.sft" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["show", "--tokenizer", "byte", "--data.synthetic", "--index", "-1"])
+    assert "--index is -1" in capsys.readouterr().err
