@@ -36,6 +36,8 @@ PAIRS = (
     "dense8b:ours:hf-compile",
     "dense1b:ours:megatron",
     "dense1b:ours:hf-compile",
+    "gpt:ours:megatron",
+    "gpt:ours:hf-compile",
     "full8b:ours",
     "dense8b:ours-te:megatron",
     "dense8b:ours-te-fp8:megatron-fp8-delayed",

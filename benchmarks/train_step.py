@@ -1,4 +1,4 @@
-"""Speed of a training step of a Llama-family model, with the parts that the trainer uses and
+"""Speed of a training step of a decoder-only model, with the parts that the trainer uses and
 random tokens.
 
 One GPU: `python benchmarks/train_step.py`; several: `torchrun --nproc-per-node 4
@@ -26,10 +26,8 @@ from core.config.loading import exit_on_user_error
 from core.config.optimizer import OptimizerConfig
 from core.config.parallel import ParallelConfig, validate_parallel
 from core.config.precision import PrecisionConfig, validate_fp8, validate_precision
-from core.config.suggestions import did_you_mean
 from core.config.transformer import TransformerConfig
 from core.data_parallel.modes import make_data_parallel, model_placement
-from core.errors import ConfigError
 from core.kernels.attention import chosen_kernel
 from core.optim.gradients import publish_sharing
 from core.optim.step import OptimizerStep
@@ -38,9 +36,9 @@ from core.parallel.placement import initialize_parameters
 from core.parallel.random import DropoutKey, make_key, philox
 from core.parallel.sharding import declared_parameters
 from core.training.trainer import DTYPES
+from core.transformer.decoder import build_decoder
 from core.transformer.language_model import LanguageModel
-from models.llama.config import PRESETS
-from models.llama.model import build_llama
+from models.registry import family_for_preset
 
 DENSE_BF16_PEAK = 989.4
 """TFLOP/s of an H100 or H200 without sparsity, by the vendor's datasheet."""
@@ -94,7 +92,7 @@ class Step:
         dtype = DTYPES[work.precision.dtype]
         place = model_placement(ctx, work.parallel, dtype)
         backend = chosen_backend(work.backend, work.precision, work.parallel, config.num_layers)
-        self.model: LanguageModel = build_llama(config, place, work.parallel.recompute, backend)
+        self.model: LanguageModel = build_decoder(config, place, work.parallel.recompute, backend)
         sharing = publish_sharing(declared_parameters(self.model), ctx)
         self.data_parallel = make_data_parallel([self.model], ctx, work.parallel, dtype)
         self.optimizer = OptimizerStep(
@@ -212,9 +210,9 @@ def main() -> None:
     validate_backend(BackendUse(work.backend, work.precision, work.parallel, work.device))
     device = init_distributed(work.device)
     ctx = ParallelContext.create(work.parallel, device)
-    if work.preset not in PRESETS:
-        raise ConfigError(f"there is no preset {work.preset}: {did_you_mean(work.preset, PRESETS)}")
-    config = dataclasses.replace(PRESETS[work.preset](), num_layers=work.layers)
+    config = dataclasses.replace(
+        family_for_preset(work.preset).presets()[work.preset](), num_layers=work.layers
+    )
     validate_fp8(work.precision, config, work.parallel, work.seq_length * work.micro_batch_size)
     step = Step(work, config, ctx)
     seconds, first = measure(step, work)

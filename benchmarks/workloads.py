@@ -80,6 +80,17 @@ WORKLOADS: Mapping[str, Workload] = MappingProxyType(
                 gib=129.0,
                 memory_lean=True,
             ),
+            # Of GPT-3 1.3B: learned positions, LayerNorm, GELU, biases.
+            Workload(
+                name="gpt",
+                preset="gpt3-1.3b",
+                layers=24,
+                vocab_size=50304,
+                seq_length=2048,
+                micro_batch_size=8,
+                microbatches=1,
+                gib=56.0,
+            ),
             # To try the comparison itself, on a CPU too.
             Workload(
                 name="tiny",
