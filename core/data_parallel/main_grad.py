@@ -79,17 +79,23 @@ def accumulate_product(weight: nn.Parameter, dy: Tensor, x: Tensor) -> Tensor | 
     return None
 
 
-def accumulate_gradient(weight: nn.Parameter, gradient: Tensor) -> Tensor | None:
+def accumulate_gradient(
+    weight: nn.Parameter, product: Callable[[Tensor | None], Tensor]
+) -> Tensor | None:
     """Add a product to the gradient of a weight that cannot be accumulated inside the GEMM; see
     `accumulate_product`.
+
+    Args:
+        weight: `[o, i]`.
+        product: makes the gradient, and puts it into its argument if it is given one.
     """
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is None:
-        return gradient
+        return product(None)
     if _take_stale(weight):
-        main_grad.copy_(gradient)
+        product(main_grad)
     else:
-        _add(main_grad, gradient)
+        _add(main_grad, product(None))
     weight.from_products = True  # type: ignore[attr-defined]
     say_ready(weight)
     return None

@@ -155,9 +155,9 @@ class Fp8Products:
     rounds the same, and quantised tokens can be gathered, in half of the bytes. The exception are
     gradients of key heads that several ranks hold, each of which has a part of them.
 
-    The gradient of a weight leaves the GEMM in the weight's format and is then added in fp32.
-    torch's product cannot add to a matrix; rounding once to bf16 is little beside what E5M2 has
-    rounded before, and fp32 would take a third more traffic.
+    The gradient of a weight leaves the GEMM in the weight's format and is then added in fp32, but
+    for the first of a step, which overwrites. torch's product cannot add to a matrix; rounding once
+    to bf16 is little beside what E5M2 has rounded before, and fp32 would take a third more traffic.
     """
 
     by_row: bool = False
@@ -220,8 +220,16 @@ class Fp8Products:
 
     def weight_gradient(self, weight: nn.Parameter, dy: Factor, x: Factor) -> Tensor | None:
         """See `Products`."""
-        gradient = scaled_product(_flipped(dy), _flipped(x), weight.dtype)
-        return accumulate_gradient(weight, gradient)
+        first, second = _flipped(dy), _flipped(x)
+
+        def product(out: Tensor | None) -> Tensor:
+            # With scales by row the product leaves in bf16 alone.
+            if out is None or self.by_row:
+                gradient = scaled_product(first, second, weight.dtype)
+                return gradient if out is None else out.copy_(gradient)
+            return scaled_product(first, second, out.dtype, out=out)
+
+        return accumulate_gradient(weight, product)
 
     def _scale(
         self, x: Tensor, cut: Cut, axis: Axis, dtype: torch.dtype, *, by_column: bool
