@@ -66,6 +66,8 @@ class ParallelContext:
     )
     """By the two places on pp: messages go from the first to the second. None where this rank is in
     neither."""
+    _host: list[dist.ProcessGroup] = field(default_factory=list, repr=False, compare=False)
+    """The group of `host_group`, once it is made."""
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "ParallelContext":
@@ -175,6 +177,14 @@ class ParallelContext:
         own = {edge: self._channels[edge] for edge in edges}
         return {edge: group for edge, group in own.items() if group is not None}
 
+    def host_group(self) -> dist.ProcessGroup:
+        """A gloo group of all ranks, for tensors in host memory; collective over all ranks when
+        first asked for, and remembered.
+        """
+        if not self._host:
+            self._host.append(dist.new_group(backend="gloo", timeout=self._timeout))
+        return self._host[0]
+
     def describe_groups(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """This rank's groups: torch's name of each, to what a person calls it and its ranks."""
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -190,6 +200,8 @@ class ParallelContext:
                 continue
             ranks = (self.pp.ranks[source], self.pp.ranks[target])
             found[channel.group_name] = (f"pp from stage {source} to {target}", ranks)
+        for host in self._host:
+            found[host.group_name] = ("world over the host", self.world.ranks)
         return found
 
 

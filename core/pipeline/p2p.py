@@ -4,6 +4,11 @@ Every directed edge has a communicator of its own, since sends rendezvous and me
 directions on one could wait for each other. Sends do not hold up the computation. Receives are
 posted ahead, in the sender's order, with up to two unused messages an edge:
 `core/pipeline/simulate.py` says why that is enough.
+
+An NCCL receive that is posted ahead is a kernel that spins until the message comes. Loading a
+kernel for the first time may wait for all that runs on the device ("Lazy Loading" in NVIDIA's CUDA
+programming guide), and so for a message whose sender waits for the stage that is loading. In a run
+that loads kernels, messages therefore go through host memory, where a receive occupies no device.
 """
 
 from collections import deque
@@ -38,6 +43,9 @@ class Wires:
     Their gradients have the same shapes."""
     dtype: torch.dtype
     device: torch.device
+    host: dist.ProcessGroup | None = None
+    """On CUDA, the group for messages through host memory, in runs that load kernels. All edges
+    share it: gloo keeps order from one rank to another, and the two directions apart."""
 
     @classmethod
     def connect(
@@ -49,8 +57,8 @@ class Wires:
     ) -> "Wires":
         """Connect all stages.
 
-        Collective over the world: one group for every edge at every place on the other axes, and
-        one element sent over each.
+        Collective over the world: one group for every edge at every place on the other axes, one
+        element sent over each, and on CUDA a group for the host.
 
         Args:
             where: which stage holds which piece.
@@ -70,7 +78,8 @@ class Wires:
                 dist.send(element, dst=ctx.pp.ranks[edge.target], group=group)
             else:
                 dist.recv(element, src=ctx.pp.ranks[edge.source], group=group)
-        return cls(ctx.pp.rank, ctx.pp.ranks, groups, shapes, dtype, ctx.device)
+        host = ctx.host_group() if edges and ctx.device.type == "cuda" else None
+        return cls(ctx.pp.rank, ctx.pp.ranks, groups, shapes, dtype, ctx.device, host)
 
     def shapes_of(self, message: Message) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of a message's tensors."""
@@ -80,9 +89,18 @@ class Wires:
 class Mailbox:
     """The messages of one stage in one run of a schedule."""
 
-    def __init__(self, schedule: Schedule, wires: Wires) -> None:
-        """Post the first receives."""
+    def __init__(self, schedule: Schedule, wires: Wires, through_host: bool = False) -> None:
+        """Post the first receives.
+
+        Args:
+            schedule: of all stages.
+            wires: how they are connected.
+            through_host: send through host memory, over `Wires.host`; the same on all stages.
+        """
+        assert wires.host is not None or not through_host
         self._wires, self._where = wires, schedule.stage_map
+        self._through_host = through_host
+        self._device = torch.device("cpu") if through_host else wires.device
         self._expected = {
             edge: deque(messages)
             for edge, messages in schedule.channels().items()
@@ -98,17 +116,18 @@ class Mailbox:
                 self._post(edge)
 
     def take(self, message: Message) -> Payload:
-        """Wait for a message (on CUDA, the current stream does) and make room for another."""
+        """Wait for a message (over NCCL, the current stream does) and make room for another."""
         if message in self._local:
             return self._local.pop(message)
         tensors, works = self._posted.pop(message)
         for work in works:
             work.wait()
         self._post(self._source[message])
-        return tensors
+        return {name: tensor.to(self._wires.device) for name, tensor in tensors.items()}
 
     def put(self, message: Message, payload: Payload) -> None:
-        """Send a message, or keep it if its piece lies on this stage; waits for nothing.
+        """Send a message, or keep it if its piece lies on this stage; waits for nothing, except for
+        the payload where it has to come to the host.
 
         Raises:
             ValueError: the tensors are not what the target has made room for.
@@ -126,15 +145,15 @@ class Mailbox:
             return
         while self._sending and self._sending[0][1].is_completed():
             self._sending.popleft()
-        group = wires.groups[Edge(wires.stage, target)]
+        group = self._group(Edge(wires.stage, target))
         for name in sorted(payload):
-            tensor = payload[name].contiguous()
+            tensor = payload[name].to(self._device).contiguous()
             work = dist.isend(tensor, dst=wires.ranks[target], group=group)
             assert work is not None
             self._sending.append((tensor, work))
 
     def close(self) -> None:
-        """Wait until all is sent (on CUDA, the current stream does)."""
+        """Wait until all is sent (over NCCL, the current stream does)."""
         unused = [*self._posted, *self._local]
         assert not unused, f"the schedule left {unused} unused"
         while self._sending:
@@ -144,11 +163,14 @@ class Mailbox:
         if not self._expected[edge]:
             return
         message, wires = self._expected[edge].popleft(), self._wires
-        shapes, group = wires.shapes_of(message), wires.groups[edge]
+        shapes, group = wires.shapes_of(message), self._group(edge)
         tensors, works = {}, []
         for name in sorted(shapes):
-            tensors[name] = torch.empty(shapes[name], dtype=wires.dtype, device=wires.device)
+            tensors[name] = torch.empty(shapes[name], dtype=wires.dtype, device=self._device)
             work = dist.irecv(tensors[name], src=wires.ranks[edge.source], group=group)
             assert work is not None
             works.append(work)
         self._posted[message] = tensors, works
+
+    def _group(self, edge: Edge) -> dist.ProcessGroup | None:
+        return self._wires.host if self._through_host else self._wires.groups[edge]

@@ -42,11 +42,13 @@ class LaunchedRun:
             "--train.steps",
             str(self.steps),
         ]
+        inherited = os.environ.get("PYTHONPATH")
+        path = os.pathsep.join([str(ROOT), *([inherited] if inherited else [])])
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, *train, "--save", str(self.save)],
                 cwd=self.folder,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

@@ -1,5 +1,6 @@
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from core.config.parallel import ParallelConfig
 from core.data_parallel.buffers import GradBuffers
 from core.data_parallel.main_grad import DeferredProducts
-from core.layers.linear import ColumnParallelLinear
+from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement, initialize_parameters
 from core.parallel.random import normal_init
@@ -149,6 +150,88 @@ def test_an_output_is_freed_once_sent(pool: WorkerPool, name: str) -> None:
     first, _ = pool.run(_outputs_die, 2, name)
     assert len(first) == 2 * MICROBATCHES - 1
     assert all(first)
+
+
+class _Piece(nn.Module):
+    """A multilayer perceptron over tp, that takes and gives two tensors of different shapes."""
+
+    def __init__(self, ctx: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        place, init = Placement(ctx, dtype, CPU), normal_init(0.3)
+        self.first = ColumnParallelLinear(place, 8, [Block(8)], init=init, bias=True)
+        self.second = RowParallelLinear(place, Block(8), 8, init=init)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        out = self.second(self.first(x).tanh())
+        return {"x": x + out * y, "y": out.mean(0, keepdim=True)}
+
+
+def _both_ways(name: str, parallel: ParallelConfig, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """Gradients of a step over the edges' own groups, and of one through the host."""
+    ctx = ParallelContext.create(parallel, CPU)
+    stages = ctx.pp.size
+    schedule = make_schedule(name, stages=stages, microbatches=2 * stages)
+    where = schedule.stage_map
+    shapes: list[Mapping[str, tuple[int, ...]]] = [{}]
+    shapes += [{"x": SHAPE, "y": (1, *SHAPE[1:])}] * (where.pieces - 1)
+    wires = Wires.connect(where, ctx, shapes, dtype)
+    assert wires.host is None
+    # Without groups of their own, the edges have nothing else.
+    through_host = replace(wires, groups={}, host=ctx.host_group())
+    found = []
+    for chosen in (wires, through_host):
+        pieces = [where.piece(ctx.pp.rank, chunk) for chunk in range(where.chunks)]
+        model = nn.ModuleDict({f"piece_{piece}": _Piece(ctx, dtype) for piece in pieces})
+        parameters = declared_parameters(model)
+        initialize_parameters(parameters, seed=1)
+        buffers = GradBuffers(parameters, ctx, bucket_mib=1)
+        buffers.begin_step(schedule.microbatches)
+
+        def forward(
+            chunk: int, microbatch: int, received: Any, model: Any = model, pieces: Any = pieces
+        ) -> Any:
+            if not received:
+                x = (_input(microbatch) / 8).to(dtype)
+                received = {"x": x, "y": x[:1]}
+            out = model[f"piece_{pieces[chunk]}"](**received)
+            return out["x"].square().sum() if pieces[chunk] == where.pieces - 1 else out
+
+        executor = Executor(schedule, chosen, buffers.deferred, through_host=chosen is through_host)
+        executor.run(forward)
+        gradients = {n: p.main_grad.clone() for n, p in model.named_parameters()}  # type: ignore[attr-defined]
+        found.append(gradients)
+    assert ctx.host_group() is through_host.host
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [
+        ("1f1b", ParallelConfig(tp=2, pp=2)),
+        ("interleaved", ParallelConfig(pp=2)),
+        ("interleaved", ParallelConfig(pp=4)),
+        ("zbv", ParallelConfig(tp=2, pp=2)),
+        ("zbv", ParallelConfig(pp=4)),
+    ],
+    ids=[
+        "1f1b, tp 2, pp 2",
+        "interleaved, pp 2",
+        "interleaved, pp 4",
+        "zbv, tp 2, pp 2",
+        "zbv, pp 4",
+    ],
+)
+def test_messages_through_the_host_are_the_same(
+    pool: WorkerPool, name: str, parallel: ParallelConfig, dtype: torch.dtype
+) -> None:
+    for ordinary, through_host in pool.run(
+        _both_ways, parallel.tp * parallel.pp, name, parallel, dtype
+    ):
+        assert ordinary.keys() == through_host.keys()
+        for parameter, gradient in ordinary.items():
+            assert gradient.count_nonzero() > 0, parameter
+            assert torch.equal(through_host[parameter], gradient), parameter
 
 
 def _wrong_width() -> None:
