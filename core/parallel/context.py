@@ -39,6 +39,16 @@ def _unit_axis(name: str, rank: int = 0) -> Axis:
 
 
 @dataclass(frozen=True)
+class Channel:
+    """What joins two neighbouring stages in one direction."""
+
+    messages: dist.ProcessGroup
+    """For tensors on the device."""
+    notes: dist.ProcessGroup
+    """For what the hosts tell each other; gloo. On a CPU the same."""
+
+
+@dataclass(frozen=True)
 class ParallelContext:
     """Axes tp (innermost: neighbouring ranks), dp, pp (outermost), and `model`, the ranks of one
     model replica.
@@ -61,13 +71,11 @@ class ParallelContext:
     """Groups by their ranks, those of other processes too; None or no group where this is not in
     it."""
     _timeout: timedelta | None = field(default=None, repr=False, compare=False)
-    _channels: dict[tuple[int, int], dist.ProcessGroup | None] = field(
+    _channels: dict[tuple[int, int], Channel | None] = field(
         default_factory=dict, repr=False, compare=False
     )
     """By the two places on pp: messages go from the first to the second. None where this rank is in
     neither."""
-    _host: list[dist.ProcessGroup] = field(default_factory=list, repr=False, compare=False)
-    """The group of `host_group`, once it is made."""
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "ParallelContext":
@@ -154,10 +162,8 @@ class ParallelContext:
             found[ranks] = self._groups.get(ranks)
         return found
 
-    def new_channels(
-        self, edges: Sequence[tuple[int, int]]
-    ) -> dict[tuple[int, int], dist.ProcessGroup]:
-        """A communicator for each of these pairs of places on pp, at every place on the other axes;
+    def new_channels(self, edges: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Channel]:
+        """Communicators for each of these pairs of places on pp, at every place on the other axes;
         collective over all ranks, which pass the same list. They are remembered, as groups are.
 
         Returns:
@@ -171,19 +177,13 @@ class ParallelContext:
             for place in range(places):
                 # pp is the outermost axis.
                 ranks = (source * places + place, target * places + place)
-                group = dist.new_group(list(ranks), timeout=self._timeout)
+                messages = notes = dist.new_group(list(ranks), timeout=self._timeout)
+                if self.device.type == "cuda":
+                    notes = dist.new_group(list(ranks), timeout=self._timeout, backend="gloo")
                 if self.world.rank in ranks:
-                    self._channels[source, target] = group
+                    self._channels[source, target] = Channel(messages, notes)
         own = {edge: self._channels[edge] for edge in edges}
-        return {edge: group for edge, group in own.items() if group is not None}
-
-    def host_group(self) -> dist.ProcessGroup:
-        """A gloo group of all ranks, for tensors in host memory; collective over all ranks when
-        first asked for, and remembered.
-        """
-        if not self._host:
-            self._host.append(dist.new_group(backend="gloo", timeout=self._timeout))
-        return self._host[0]
+        return {edge: channel for edge, channel in own.items() if channel is not None}
 
     def describe_groups(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """This rank's groups: torch's name of each, to what a person calls it and its ranks."""
@@ -199,9 +199,9 @@ class ParallelContext:
             if channel is None:
                 continue
             ranks = (self.pp.ranks[source], self.pp.ranks[target])
-            found[channel.group_name] = (f"pp from stage {source} to {target}", ranks)
-        for host in self._host:
-            found[host.group_name] = ("world over the host", self.world.ranks)
+            what = f"pp from stage {source} to {target}"
+            found[channel.notes.group_name] = (f"{what}, notes", ranks)
+            found[channel.messages.group_name] = (what, ranks)
         return found
 
 

@@ -44,20 +44,18 @@ class Executor:
         wires: Wires,
         deferred: DeferredProducts,
         watch: Watch = nullcontext,
-        through_host: bool = False,
     ) -> None:
-        """Prepare a run, and post its first receives.
+        """Prepare a run.
 
         Args:
             schedule: of all stages.
             wires: how they are connected.
             deferred: where products go that make weight gradients, if the schedule puts them off.
             watch: what every action is run inside.
-            through_host: for a run that may load kernels on CUDA; see `Mailbox`.
         """
         self._schedule, self._stage, self._deferred = schedule, wires.stage, deferred
         self._watch = watch
-        self._mail = Mailbox(schedule, wires, through_host)
+        self._mail = Mailbox(schedule, wires)
         where = schedule.stage_map
         pieces = [where.piece(wires.stage, chunk) for chunk in range(where.chunks)]
         self._has_backward = [schedule.has_backward(piece) for piece in pieces]
@@ -66,8 +64,8 @@ class Executor:
         self._products: dict[tuple[int, int], list[Callable[[], None]]] = {}
 
     def run(self, forward: Forward) -> None:
-        """Run all actions of this stage. On CUDA the host does not wait for the device, unless
-        messages go through it.
+        """Run all actions of this stage. On CUDA the host waits for messages, and for nothing else
+        of the device.
 
         Communication: this stage's messages, and what `forward` and its backward pass do.
         """

@@ -1,28 +1,30 @@
 """Messages between pipeline stages: what each neighbour sends, in the order in which it sends it.
 
-Every directed edge has a communicator of its own, since sends rendezvous and messages of opposite
-directions on one could wait for each other. Sends do not hold up the computation. Receives are
-posted ahead, in the sender's order, with up to two unused messages an edge:
-`core/pipeline/simulate.py` says why that is enough.
+An NCCL send or receive is a kernel that runs until its peer comes. While it runs, much may wait for
+it: the loading of a kernel, an allocation, whatever CUDA puts into the same queue; and if the peer
+waits for that, neither goes on. So no transfer is started before both ends are there. When a tensor
+is computed, a thread at the source notes so to the target; when the target needs the message, its
+host takes the note, answers it, and receives; then the thread sends.
 
-An NCCL receive that is posted ahead is a kernel that spins until the message comes. Loading a
-kernel for the first time may wait for all that runs on the device ("Lazy Loading" in NVIDIA's CUDA
-programming guide), and so for a message whose sender waits for the stage that is loading. In a run
-that loads kernels, messages therefore go through host memory, where a receive occupies no device.
+Sends hold up nothing. The host of the target waits for messages, so it is at most one action ahead
+of its device.
 """
 
+import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from queue import SimpleQueue
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.parallel.context import ParallelContext
+from core.parallel.context import Channel, ParallelContext
 from core.pipeline.schedules import Edge, Message, Schedule
-from core.pipeline.simulate import RECEIVE_SLOTS
 from core.pipeline.stage_map import StageMap
 
 Payload = Mapping[str, Tensor]
@@ -36,16 +38,16 @@ class Wires:
     stage: int
     ranks: tuple[int, ...]
     """Global rank of every stage, at this rank's place on the other axes."""
-    groups: Mapping[Edge, dist.ProcessGroup]
-    """For every edge that begins or ends here, a group of its two ranks."""
+    channels: Mapping[Edge, Channel]
+    """Of every edge that begins or ends here."""
+    streams: Mapping[Edge, torch.cuda.Stream]
+    """On CUDA, what the transfers of every such edge are ordered by: not the computation's stream,
+    whose end they would wait for."""
     shapes: Sequence[Mapping[str, tuple[int, ...]]]
     """For every piece, the tensors that it receives from the piece before; none for the first.
     Their gradients have the same shapes."""
     dtype: torch.dtype
     device: torch.device
-    host: dist.ProcessGroup | None = None
-    """On CUDA, the group for messages through host memory, in runs that load kernels. All edges
-    share it: gloo keeps order from one rank to another, and the two directions apart."""
 
     @classmethod
     def connect(
@@ -57,8 +59,7 @@ class Wires:
     ) -> "Wires":
         """Connect all stages.
 
-        Collective over the world: one group for every edge at every place on the other axes, one
-        element sent over each, and on CUDA a group for the host.
+        Collective over the world: groups for every edge at every place on the other axes.
 
         Args:
             where: which stage holds which piece.
@@ -69,68 +70,78 @@ class Wires:
         stages = [where.stage(piece) for piece in range(where.pieces)]
         edges = {edge for a, b in pairwise(stages) if a != b for edge in (Edge(a, b), Edge(b, a))}
         own = ctx.new_channels(sorted(edges))
-        groups = {edge: own[edge] for edge in sorted(edges) if edge in own}
-        # NCCL may connect two ranks at their first transfer, which both must then be waiting in: a
-        # receive that is posted ahead would never return. In one order of edges, each pair meets.
-        element = torch.zeros(1, device=ctx.device)
-        for edge, group in groups.items():
-            if ctx.pp.rank == edge.source:
-                dist.send(element, dst=ctx.pp.ranks[edge.target], group=group)
-            else:
-                dist.recv(element, src=ctx.pp.ranks[edge.source], group=group)
-        host = ctx.host_group() if edges and ctx.device.type == "cuda" else None
-        return cls(ctx.pp.rank, ctx.pp.ranks, groups, shapes, dtype, ctx.device, host)
+        channels = {edge: own[edge] for edge in sorted(edges) if edge in own}
+        streams = {}
+        if ctx.device.type == "cuda":
+            streams = {edge: torch.cuda.Stream(ctx.device) for edge in channels}
+        return cls(ctx.pp.rank, ctx.pp.ranks, channels, streams, shapes, dtype, ctx.device)
 
     def shapes_of(self, message: Message) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of a message's tensors."""
         return self.shapes[message.piece + (message.content == "gradient")]
 
+    def note(self, edge: Edge, *, sends: bool) -> None:
+        """Send an empty note to the other end of an edge, or wait for one from there."""
+        other = edge.target if edge.source == self.stage else edge.source
+        call = dist.send if sends else dist.recv
+        call(torch.zeros(1), self.ranks[other], group=self.channels[edge].notes)
+
+    def transfer(self, edge: Edge, tensors: Sequence[Tensor]) -> list[dist.Work]:
+        """Start to send tensors over an edge that begins here, or to receive them over one that
+        ends here.
+        """
+        begins = edge.source == self.stage
+        call, other = (dist.isend, edge.target) if begins else (dist.irecv, edge.source)
+        group = self.channels[edge].messages
+        works = [call(tensor, self.ranks[other], group=group) for tensor in tensors]
+        return [work for work in works if work is not None]
+
+    def on_stream(self, edge: Edge) -> AbstractContextManager[object]:
+        """Makes the edge's stream the current one, where there is one."""
+        return torch.cuda.stream(self.streams[edge]) if edge in self.streams else nullcontext()
+
 
 class Mailbox:
     """The messages of one stage in one run of a schedule."""
 
-    def __init__(self, schedule: Schedule, wires: Wires, through_host: bool = False) -> None:
-        """Post the first receives.
-
-        Args:
-            schedule: of all stages.
-            wires: how they are connected.
-            through_host: send through host memory, over `Wires.host`; the same on all stages.
-        """
-        assert wires.host is not None or not through_host
+    def __init__(self, schedule: Schedule, wires: Wires) -> None:
+        """Start a thread for every edge that begins here."""
         self._wires, self._where = wires, schedule.stage_map
-        self._through_host = through_host
-        self._device = torch.device("cpu") if through_host else wires.device
         self._expected = {
             edge: deque(messages)
             for edge, messages in schedule.channels().items()
             if edge.target == wires.stage
         }
         self._source = {m: edge for edge, messages in self._expected.items() for m in messages}
-        self._posted: dict[Message, tuple[dict[str, Tensor], list[dist.Work]]] = {}
+        self._received: dict[Message, tuple[dict[str, Tensor], list[dist.Work]]] = {}
         self._local: dict[Message, Payload] = {}
-        # A tensor must live until it has been sent.
-        self._sending: deque[tuple[Tensor, dist.Work]] = deque()
-        for edge in self._expected:
-            for _ in range(RECEIVE_SLOTS):
-                self._post(edge)
+        self._senders = {
+            edge: _Sender(f"send to stage {edge.target}")
+            for edge in wires.channels
+            if edge.source == wires.stage
+        }
 
     def take(self, message: Message) -> Payload:
-        """Wait for a message (over NCCL, the current stream does) and make room for another."""
+        """Wait for a message, and for those that its source sends before it. On CUDA the host waits
+        until it is on its way, and the current stream until it is here.
+        """
         if message in self._local:
             return self._local.pop(message)
-        tensors, works = self._posted.pop(message)
+        while message not in self._received:
+            self._receive(self._source[message])
+        tensors, works = self._received.pop(message)
         for work in works:
             work.wait()
-        self._post(self._source[message])
-        return {name: tensor.to(self._wires.device) for name, tensor in tensors.items()}
+        for tensor in tensors.values():
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        return tensors
 
     def put(self, message: Message, payload: Payload) -> None:
-        """Send a message, or keep it if its piece lies on this stage; waits for nothing, except for
-        the payload where it has to come to the host.
+        """Send a message, or keep it if its piece lies on this stage; waits for nothing.
 
         Raises:
-            ValueError: the tensors are not what the target has made room for.
+            ValueError: the tensors are not what the target makes room for.
         """
         wires, target = self._wires, self._where.stage(message.piece)
         found = {name: tuple(tensor.shape) for name, tensor in payload.items()}
@@ -143,34 +154,93 @@ class Mailbox:
         if target == wires.stage:
             self._local[message] = payload
             return
-        while self._sending and self._sending[0][1].is_completed():
-            self._sending.popleft()
-        group = self._group(Edge(wires.stage, target))
-        for name in sorted(payload):
-            tensor = payload[name].to(self._device).contiguous()
-            work = dist.isend(tensor, dst=wires.ranks[target], group=group)
-            assert work is not None
-            self._sending.append((tensor, work))
+        edge = Edge(wires.stage, target)
+        tensors = [payload[name].contiguous() for name in sorted(payload)]
+        computed = None
+        if wires.device.type == "cuda":
+            computed = torch.cuda.Event()
+            computed.record(torch.cuda.current_stream(wires.device))
+        self._senders[edge].submit(lambda: _send(wires, edge, tensors, computed))
 
     def close(self) -> None:
-        """Wait until all is sent (over NCCL, the current stream does)."""
-        unused = [*self._posted, *self._local]
+        """Wait until all is sent.
+
+        Raises:
+            RuntimeError: something could not be sent.
+        """
+        unused = [*self._received, *self._local]
         assert not unused, f"the schedule left {unused} unused"
-        while self._sending:
-            self._sending.popleft()[1].wait()
+        for sender in self._senders.values():
+            sender.close()
 
-    def _post(self, edge: Edge) -> None:
-        if not self._expected[edge]:
-            return
+    def _receive(self, edge: Edge) -> None:
+        """Receive the next message of an edge."""
         message, wires = self._expected[edge].popleft(), self._wires
-        shapes, group = wires.shapes_of(message), self._group(edge)
-        tensors, works = {}, []
-        for name in sorted(shapes):
-            tensors[name] = torch.empty(shapes[name], dtype=wires.dtype, device=self._device)
-            work = dist.irecv(tensors[name], src=wires.ranks[edge.source], group=group)
-            assert work is not None
-            works.append(work)
-        self._posted[message] = tensors, works
+        for sender in self._senders.values():
+            sender.check()
+        wires.note(edge, sends=False)
+        # Before the receive: two ranks may be connected at their first transfer, which both must be
+        # waiting in.
+        wires.note(edge, sends=True)
+        shapes = wires.shapes_of(message)
+        with wires.on_stream(edge):
+            tensors = {
+                name: torch.empty(shapes[name], dtype=wires.dtype, device=wires.device)
+                for name in sorted(shapes)
+            }
+            self._received[message] = tensors, wires.transfer(edge, list(tensors.values()))
 
-    def _group(self, edge: Edge) -> dist.ProcessGroup | None:
-        return self._wires.host if self._through_host else self._wires.groups[edge]
+
+def _send(
+    wires: Wires, edge: Edge, tensors: Sequence[Tensor], computed: torch.cuda.Event | None
+) -> None:
+    """Send a message once it is computed and its target needs it; returns when it is there, as the
+    tensors must live until then.
+    """
+    if computed is not None:
+        torch.cuda.set_device(wires.device)  # every thread has a device of its own
+        computed.synchronize()
+    wires.note(edge, sends=True)
+    wires.note(edge, sends=False)
+    with wires.on_stream(edge):
+        for work in wires.transfer(edge, tensors):
+            work.wait()
+    if edge in wires.streams:
+        wires.streams[edge].synchronize()
+
+
+class _Sender:
+    """Runs calls one after another in a thread of its own, which does not keep the process."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = SimpleQueue()
+        self._pending: deque[Future[None]] = deque()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def submit(self, call: Callable[[], None]) -> None:
+        """Run a call after those before it; raises what one of those has raised."""
+        self.check()
+        future: Future[None] = Future()
+        self._pending.append(future)
+        self._calls.put((call, future))
+
+    def check(self) -> None:
+        """Raise what a call has raised that is over."""
+        while self._pending and self._pending[0].done():
+            self._pending.popleft().result()
+
+    def close(self) -> None:
+        """Wait for all calls and end the thread; raises what one of them has raised."""
+        self._calls.put(None)
+        while self._pending:
+            self._pending.popleft().result()
+
+    def _run(self) -> None:
+        while (item := self._calls.get()) is not None:
+            call, future = item
+            try:
+                call()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)

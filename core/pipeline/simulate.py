@@ -11,7 +11,9 @@ What an executor must do for this to hold:
 - The target posts receives ahead of use: at most `receive_slots` received messages wait per edge
   before a further one can come. A slot is free again when the action that uses it starts. Two
   slots are enough for every schedule here, and cost no time; with one, `zbv` and some sizes of
-  `interleaved` deadlock, since activations and gradients of different chunks share an edge.
+  `interleaved` deadlock, since activations and gradients of different chunks share an edge. (The
+  executor receives a message when an action needs it, with those before it on its edge: as free of
+  deadlock, but the transfer is not hidden.)
 """
 
 from collections import defaultdict

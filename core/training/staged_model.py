@@ -67,8 +67,6 @@ class StagedModel:
         self.schedule = cache(self._make_schedule)
         """The schedule of a training step, by its number of microbatches."""
         self._metrics: tuple[str, ...] | None = None
-        self._loaded: set[tuple[int, bool]] = set()
-        """Runs whose kernels are loaded: number of microbatches, and whether they train."""
 
     def train(
         self,
@@ -131,12 +129,7 @@ class StagedModel:
             sums.add(output)
             return torch.stack([output.losses[n] * weight for n, weight in weights.items()]).sum()
 
-        run = len(batches), torch.is_grad_enabled()
-        # The first of its kind loads kernels; `core/pipeline/p2p.py` says what that must not meet.
-        through_host = self._wires.host is not None and run not in self._loaded
-        self._loaded.add(run)
-        deferred = self.data_parallel.deferred
-        Executor(schedule, self._wires, deferred, watch, through_host).run(forward)
+        Executor(schedule, self._wires, self.data_parallel.deferred, watch).run(forward)
 
     def _make_schedule(self, microbatches: int) -> Schedule:
         where = self.layout.stage_map

@@ -14,10 +14,8 @@ from core.config.precision import PrecisionConfig
 from core.config.run import RunConfig
 from core.errors import ConfigError
 from core.parallel.context import ParallelContext
-from core.pipeline.executor import Executor
 from core.testing.distributed import WorkerPool
 from core.testing.tiny_task import TinyConfig, TinyTask, tiny_run
-from core.training import staged_model
 from core.training.metrics import METRICS_FILE
 from core.training.trainer import Trainer
 
@@ -76,38 +74,6 @@ def test_stages_report_what_one_process_does(
     assert set(one) == {"embedding", "head"} == set(other)
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-12, atol=1e-12)
-
-
-def _ways(config: RunConfig[TinyConfig]) -> tuple[list[tuple[bool, bool]], list[bool]]:
-    """For every run of a schedule, whether it trains and whether its messages go through the host:
-    with a host's group, as on CUDA, and without."""
-    ctx = ParallelContext.create(config.parallel, torch.device("cpu"))
-    ways: list[tuple[bool, bool]] = []
-
-    class Noted(Executor):
-        def __init__(self, *args: Any) -> None:
-            ways.append((torch.is_grad_enabled(), args[-1]))
-            super().__init__(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staged_model, "Executor", Noted)
-        assert Trainer(TinyTask(), config, ctx).fit()
-        without = [through_host for _, through_host in ways]
-        ways.clear()
-        trainer = Trainer(TinyTask(), config, ctx)
-        wires = replace(trainer.model._wires, host=ctx.host_group())
-        patch.setattr(trainer.model, "_wires", wires)
-        assert trainer.fit()
-    return ways, without
-
-
-def test_the_first_run_of_each_kind_goes_through_the_host(pool: WorkerPool) -> None:
-    config = replace(
-        tiny_run(steps=3, eval_interval=2, eval_steps=2), parallel=ParallelConfig(pp=2)
-    )
-    training, evaluation = [(True, False)], [(False, False)]
-    expected = [(True, True), *training, (False, True), *evaluation, *training, *evaluation * 2]
-    assert pool.run(_ways, 2, config) == [(expected, [False] * len(expected))] * 2
 
 
 def _train_half(config: RunConfig[TinyConfig]) -> None:
