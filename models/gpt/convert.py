@@ -5,10 +5,10 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from converters.decoders import build_decoder_model, decoder_logits, importer
 from converters.hf_config import (
     activation_name,
     read_activation,
@@ -31,16 +31,12 @@ from converters.rules import (
 from core.config.transformer import (
     TransformerConfig,
     canonical,
-    validate_layout,
     validate_transformer,
 )
 from core.errors import ConversionError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from core.parallel.placement import Placement
-    from core.parallel.sharding import DeclaredParameter
+    pass
 
 GPT2, NEOX = "GPT2LMHeadModel", "GPTNeoXForCausalLM"
 
@@ -365,20 +361,6 @@ def to_hf(config: TransformerConfig, architecture: str) -> dict[str, Any]:
     }
 
 
-def _build_model(config: TransformerConfig, place: "Placement") -> "nn.Module":
-    from models.gpt.model import build_gpt
-
-    validate_layout(config, place.ctx.tp.size, sequence_parallel=False, seq_length=1)
-    return build_gpt(config, place)
-
-
-def _logits(model: "nn.Module", tokens: "Tensor") -> "Tensor":
-    from core.transformer.language_model import LanguageModel
-
-    assert isinstance(model, LanguageModel)
-    return model.logits(tokens)
-
-
 FAMILY = Family(
     name="gpt",
     architectures=tuple(CLASSES),
@@ -403,7 +385,7 @@ FAMILY = Family(
     config_class=TransformerConfig,
     canonical=canonical,
     incidental=TransformerConfig.INCIDENTAL,
-    build_model=_build_model,
+    build_model=build_decoder_model,
     head=Head(
         embedding=tuple(n for kind in CLASSES.values() for n in kind.on_disk(_WORDS, "weight")),
         output=tuple(dict.fromkeys(name for kind in CLASSES.values() for name in kind.head)),
@@ -411,25 +393,11 @@ FAMILY = Family(
     probe=LogitsProbe(
         native_layers="decoder.layers",
         hf_layers={name: kind.layers for name, kind in CLASSES.items()},
-        logits=_logits,
+        logits=decoder_logits,
     ),
 )
 
-
-def import_weights(
-    source: Path, config: TransformerConfig, parameters: "Mapping[str, DeclaredParameter]"
-) -> Mapping[str, Any]:
-    """Fill a rank's live parameters from a Hugging Face folder (`--init-from`).
-
-    Returns:
-        What a checkpoint should remember of the source.
-
-    Raises:
-        ConversionError: the folder cannot be read, or holds another model than `config`.
-    """
-    from converters.source import load_into, open_source
-
-    return load_into(parameters, open_source(source, FAMILY), config)
+import_weights = importer(FAMILY)
 
 
 if __name__ == "__main__":

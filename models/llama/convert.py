@@ -5,10 +5,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from converters.decoders import build_decoder_model, decoder_logits, importer
 from converters.hf_config import (
     activation_name,
     read_activation,
@@ -31,16 +31,12 @@ from converters.rules import (
 from core.config.transformer import (
     TransformerConfig,
     canonical,
-    validate_layout,
     validate_transformer,
 )
 from core.errors import ConversionError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from core.parallel.placement import Placement
-    from core.parallel.sharding import DeclaredParameter
+    pass
 
 LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
 QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"
@@ -285,20 +281,6 @@ RULES = (
 )
 
 
-def _build_model(config: TransformerConfig, place: "Placement") -> "nn.Module":
-    from models.llama.model import build_llama
-
-    validate_layout(config, place.ctx.tp.size, sequence_parallel=False, seq_length=1)
-    return build_llama(config, place)
-
-
-def _logits(model: "nn.Module", tokens: "Tensor") -> "Tensor":
-    from core.transformer.language_model import LanguageModel
-
-    assert isinstance(model, LanguageModel)
-    return model.logits(tokens)
-
-
 FAMILY = Family(
     name="llama",
     architectures=tuple(CLASSES),
@@ -314,30 +296,16 @@ FAMILY = Family(
     config_class=TransformerConfig,
     canonical=canonical,
     incidental=TransformerConfig.INCIDENTAL,
-    build_model=_build_model,
+    build_model=build_decoder_model,
     head=Head(embedding=(_EMBEDDING,), output=(_OUTPUT,)),
     probe=LogitsProbe(
         native_layers="decoder.layers",
         hf_layers=dict.fromkeys(CLASSES, "model.layers"),
-        logits=_logits,
+        logits=decoder_logits,
     ),
 )
 
-
-def import_weights(
-    source: Path, config: TransformerConfig, parameters: "Mapping[str, DeclaredParameter]"
-) -> Mapping[str, Any]:
-    """Fill a rank's live parameters from a Hugging Face folder (`--init-from`).
-
-    Returns:
-        What a checkpoint should remember of the source.
-
-    Raises:
-        ConversionError: the folder cannot be read, or holds another model than `config`.
-    """
-    from converters.source import load_into, open_source
-
-    return load_into(parameters, open_source(source, FAMILY), config)
+import_weights = importer(FAMILY)
 
 
 if __name__ == "__main__":

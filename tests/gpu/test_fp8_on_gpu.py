@@ -179,8 +179,8 @@ def _losses(precision: PrecisionConfig, config: ParallelConfig, steps: int = 20)
 
 
 ALIKE = 8
-"""Steps over which runs in different formats are compared. After that the curves part: on a CPU too,
-with exact products of the same FP8 numbers, by 8 % at step 20."""
+"""Steps over which runs in different formats are compared. After that the curves part: on a CPU
+too, with exact products of the same FP8 numbers, by 8 % at step 20."""
 
 
 def _agree(actual: list[float], expected: list[float], tolerance: float) -> None:

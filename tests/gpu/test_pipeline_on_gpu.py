@@ -112,5 +112,5 @@ def test_stages_train_as_one_process(
     assert expected[2] < expected[0]
     for losses in found:
         assert losses == pytest.approx(expected, rel=1e-4)
-        # The same evaluation, through the host and then between the GPUs.
+        # Twice the same evaluation.
         assert losses[3] == pytest.approx(losses[4], rel=1e-6)
