@@ -303,9 +303,9 @@ def test_layout_equals_one_process(pool: WorkerPool, layout: Layout) -> None:
     "layout",
     [
         Layout(2, 1, True),
-        Layout(4, 2, True),
-        Layout(2, 2),
-        Layout(1, 2, mode="replicated"),
+        pytest.param(Layout(4, 2, True), marks=pytest.mark.full),
+        pytest.param(Layout(2, 2), marks=pytest.mark.full),
+        pytest.param(Layout(1, 2, mode="replicated"), marks=pytest.mark.full),
         Layout(2, 2, True, pp=2, microbatches=2),
         Layout(1, 1, pp=2, schedule="zb_h1", microbatches=8),
     ],
@@ -340,7 +340,11 @@ def test_every_model_and_recompute(pool: WorkerPool, layout: Layout) -> None:
     _compare(pool, layout, cases)
 
 
-@pytest.mark.parametrize("layout", [Layout(2, 2, True), Layout(4, 2, True)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(2, 2, True), pytest.param(Layout(4, 2, True), marks=pytest.mark.full)],
+    ids=str,
+)
 def test_recompute_under_a_layout(pool: WorkerPool, layout: Layout) -> None:
     _compare(pool, layout, [Case("rich", 0.2, recompute=recompute) for recompute in RECOMPUTES])
 
@@ -459,7 +463,7 @@ def _loss_curve(case: Case, layout: Layout) -> list[float]:
     "layout",
     [
         Layout(2),
-        Layout(4, 2, True),
+        pytest.param(Layout(4, 2, True), marks=pytest.mark.full),
         Layout(1, 4),
         Layout(1, 2, pp=2, schedule="zb_h1", microbatches=4),
     ],

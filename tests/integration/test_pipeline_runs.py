@@ -91,7 +91,7 @@ def _imported(folder: Path, parallel: ParallelConfig) -> tuple[list[str], dict[s
     ],
     ids=["1f1b", "uneven, tp", "zbv", "zb_h1"],
 )
-@pytest.mark.parametrize("variant", ["llama", "llama3"])
+@pytest.mark.parametrize("variant", ["llama", pytest.param("llama3", marks=pytest.mark.full)])
 def test_weights_go_straight_into_stages(
     tmp_path: Path, pool: WorkerPool, variant: str, parallel: ParallelConfig
 ) -> None:

@@ -70,7 +70,9 @@ def start(root: Path, store: Path, mode: str) -> list[subprocess.Popen[str]]:
     ]
 
 
-@pytest.mark.parametrize("mode", ["asynchronous", "synchronous"])
+@pytest.mark.parametrize(
+    "mode", ["asynchronous", pytest.param("synchronous", marks=pytest.mark.full)]
+)
 def test_a_kill_at_any_instant_leaves_the_checkpoint_before(tmp_path: Path, mode: str) -> None:
     rng, root, reached = random.Random(0), tmp_path / "run", 0
     for attempt in range(4):

@@ -214,7 +214,12 @@ def _assert_equal(actual: Outcome, expected: Outcome, tolerance: float) -> None:
             assert_close(tensors[key], others[key], tolerance, f"{name} {key}")
 
 
-LAYOUTS = [(1, 2, False), (1, 4, False), (2, 2, False), (2, 2, True)]
+LAYOUTS = [
+    (1, 2, False),
+    (2, 2, True),
+    pytest.param(1, 4, False, marks=pytest.mark.full),
+    pytest.param(2, 2, False, marks=pytest.mark.full),
+]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -248,7 +253,9 @@ RECOMPUTES = [
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTES, ids=lambda r: f"{r.granularity} {r.num_layers}")
-@pytest.mark.parametrize(("tp", "dp", "sp"), [(1, 2, False), (2, 2, True)])
+@pytest.mark.parametrize(
+    ("tp", "dp", "sp"), [pytest.param(1, 2, False, marks=pytest.mark.full), (2, 2, True)]
+)
 def test_recompute_changes_nothing(
     pool: WorkerPool, tp: int, dp: int, sp: bool, recompute: RecomputeConfig
 ) -> None:
@@ -270,7 +277,7 @@ def test_16_bit_computation_follows_zero1(pool: WorkerPool, dtype: str) -> None:
             assert_close(value, zero1.gradients[name], 3e-2, name)
 
 
-@pytest.mark.parametrize("fp8", ["current", "rowwise"])
+@pytest.mark.parametrize("fp8", ["current", pytest.param("rowwise", marks=pytest.mark.full)])
 def test_fp8_is_that_of_zero1(pool: WorkerPool, fp8: str) -> None:
     """Weights are gathered, and quantised, twice a microbatch instead of once a step."""
     case = Case(tp=2, sp=True, fp8=fp8)
@@ -461,7 +468,8 @@ def _losses(save: Path) -> list[float]:
     return [row["loss"] for row in rows if "grad_norm" in row]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_a_run_goes_on_in_another_mode(tmp_path: Path, pool: WorkerPool, dtype: str) -> None:
     """Every bit of master weights and moments is taken over, there and back."""
     legs = [

@@ -164,7 +164,12 @@ def _changed(outcome: Outcome, before: dict[str, Tensor]) -> list[str]:
     return [n for n, x in outcome.whole.items() if n in before and not torch.equal(x, before[n])]
 
 
-LAYOUTS = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), pytest.param(2, 4, marks=pytest.mark.full)]
+LAYOUTS = [
+    (1, 1),
+    (1, 2),
+    (2, 2),
+    *(pytest.param(*sizes, marks=pytest.mark.full) for sizes in ((1, 4), (2, 1), (2, 4))),
+]
 PAIRS = [Case(model, clip=clip) for model in ("small", "tied, one key head") for clip in (0.0, 0.1)]
 
 
