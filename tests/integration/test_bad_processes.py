@@ -159,7 +159,7 @@ def test_one_rank_failing_ends_all(terminal: Terminal) -> None:
     assert not list(Path("out").glob("*step_*"))
 
 
-@pytest.mark.parametrize("axis", ["tp", "pp"])
+@pytest.mark.parametrize("axis", [pytest.param("tp", marks=pytest.mark.full), "pp"])
 def test_a_killed_rank_ends_all(terminal: Terminal, axis: str) -> None:
     options = ["--data.synthetic", "--train.steps", "100000", f"--parallel.{axis}", "2"]
     with torchrun(*options, "--save", "out", "--train.save-interval", "1") as run:

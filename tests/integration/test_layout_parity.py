@@ -286,7 +286,7 @@ def _compare(pool: WorkerPool, layout: Layout, cases: list[Case]) -> None:
 
 
 LAYOUTS = [
-    Layout(tp, dp, sp)
+    pytest.param(Layout(tp, dp, sp), marks=[pytest.mark.full] if tp * dp == 8 and not sp else [])
     for tp in (1, 2, 4)
     for dp in (1, 2, 4)
     for sp in ((False, True) if tp > 1 else (False,))

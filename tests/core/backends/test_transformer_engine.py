@@ -137,7 +137,9 @@ def _fp8(recipe: Any, **changes: Any) -> BackendRun:
     )
 
 
-@pytest.mark.parametrize("recipe", ["current", "delayed", "blockwise"])
+@pytest.mark.parametrize(
+    "recipe", ["current", "delayed", pytest.param("blockwise", marks=pytest.mark.full)]
+)
 def test_fp8_learns_nearly_as_bf16_does(stand_in: Globals, recipe: Any) -> None:
     plain, eight = train_backend(_fp8("none")), train_backend(_fp8(recipe))
     assert plain.losses != eight.losses

@@ -224,7 +224,7 @@ def test_frozen_parameters_stay_and_the_others_train_alike(pool: WorkerPool, fro
     assert set(_changed(zero1, parameters)) == trained
 
 
-@pytest.mark.parametrize(("tp", "dp"), [(1, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("tp", "dp"), [(1, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.full)])
 def test_remainders_train_as_masters_do(pool: WorkerPool, tp: int, dp: int) -> None:
     """20 bf16 steps with clipping and weight decay, two in a row and one alone skipped."""
     lean = replace(BF16, master_weights="remainder")
@@ -297,7 +297,7 @@ def _late_outcomes(cases: list[Case], tp: int) -> list[Outcome]:
 FULL_RECOMPUTE = RecomputeConfig(granularity="full", num_layers=1)
 
 
-@pytest.mark.parametrize(("tp", "dp"), [(1, 2), (2, 2)])
+@pytest.mark.parametrize(("tp", "dp"), [(1, 2), pytest.param(2, 2, marks=pytest.mark.full)])
 def test_no_parameter_is_read_before_its_gather(pool: WorkerPool, tp: int, dp: int) -> None:
     """A parameter read too early would be NaN."""
     cases = [
