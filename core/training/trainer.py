@@ -9,7 +9,7 @@ One step, at every layout:
     one all-reduce: this step's losses, the next step's counts, and whether a rank was asked to stop
 
 The host never waits for the device inside a step: what it reports and decides on is read one step
-later.
+later. With several pipeline stages it waits for their messages.
 """
 
 import gc
