@@ -184,8 +184,8 @@ too, with exact products of the same FP8 numbers, by 8 % at step 20."""
 
 
 def _agree(actual: list[float], expected: list[float], tolerance: float) -> None:
-    assert max(actual[-1], expected[-1]) < 0.6 * expected[0]
-    for a, b in zip(actual[:ALIKE], expected[:ALIKE], strict=True):
+    assert expected[-1] < 0.9 * expected[0]
+    for a, b in zip(actual, expected, strict=True):
         assert abs(a - b) <= tolerance * abs(b), (actual, expected)
 
 
@@ -198,7 +198,8 @@ def test_trains_as_bf16(fp8: str) -> None:
     found = _losses(_precision(fp8), ParallelConfig())
     expected = _losses(PrecisionConfig(), ParallelConfig())
     assert found != expected
-    _agree(found, expected, 2e-2)
+    assert max(found[-1], expected[-1]) < 0.6 * expected[0]
+    _agree(found[:ALIKE], expected[:ALIKE], 2e-2)
 
 
 def test_a_step_never_waits_for_the_device() -> None:

@@ -71,7 +71,7 @@ def weights_and_states(save: Path, step: int) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("steps", "kills"), [(30, 2), pytest.param(200, 30, marks=pytest.mark.full)]
+    ("steps", "kills"), [(40, 3), pytest.param(200, 30, marks=pytest.mark.full)]
 )
 def test_killed_at_random_moments(samples: Path, tmp_path: Path, steps: int, kills: int) -> None:
     (tmp_path / "corpus.bin").symlink_to(samples / "corpus.bin")
