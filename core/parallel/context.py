@@ -39,16 +39,6 @@ def _unit_axis(name: str, rank: int = 0) -> Axis:
 
 
 @dataclass(frozen=True)
-class Channel:
-    """What joins two neighbouring stages in one direction."""
-
-    messages: dist.ProcessGroup
-    """For tensors on the device."""
-    notes: dist.ProcessGroup
-    """For what the hosts tell each other; gloo. On a CPU the same."""
-
-
-@dataclass(frozen=True)
 class ParallelContext:
     """Axes tp (innermost: neighbouring ranks), dp, pp (outermost), and `model`, the ranks of one
     model replica.
@@ -65,13 +55,17 @@ class ParallelContext:
     """Activations between tensor-parallel regions are cut along the sequence over tp."""
     tp_overlap: TpOverlap = "none"
     """How communication over tp is hidden."""
+    hosts: dist.ProcessGroup | None = None
+    """All ranks over gloo, for what the hosts of stages tell each other; None without stages. One
+    group for all: where NCCL is the default, torch hangs in `new_group` of a part of the ranks over
+    gloo (the others split a communicator of NCCL, which those ranks do not)."""
     _groups: dict[tuple[int, ...], dist.ProcessGroup | None] = field(
         default_factory=dict, repr=False, compare=False
     )
     """Groups by their ranks, those of other processes too; None or no group where this is not in
     it."""
     _timeout: timedelta | None = field(default=None, repr=False, compare=False)
-    _channels: dict[tuple[int, int], Channel | None] = field(
+    _channels: dict[tuple[int, int], dist.ProcessGroup | None] = field(
         default_factory=dict, repr=False, compare=False
     )
     """By the two places on pp: messages go from the first to the second. None where this rank is in
@@ -127,10 +121,14 @@ class ParallelContext:
         if timeout is not None:
             for group in {id(one): one for one in known.values() if one is not None}.values():
                 set_timeout(timeout, group)
+        hosts = None
+        if config.pp > 1:
+            hosts = dist.new_group(timeout=timeout, backend="gloo")
         context = cls(
             *(tp, dp_axis, pp, world, world, device),
             sequence_parallel=config.sequence_parallel,
             tp_overlap=config.tp_overlap,
+            hosts=hosts,
             _groups=known,
             _timeout=timeout,
         )
@@ -162,8 +160,10 @@ class ParallelContext:
             found[ranks] = self._groups.get(ranks)
         return found
 
-    def new_channels(self, edges: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Channel]:
-        """Communicators for each of these pairs of places on pp, at every place on the other axes;
+    def new_channels(
+        self, edges: Sequence[tuple[int, int]]
+    ) -> dict[tuple[int, int], dist.ProcessGroup]:
+        """A communicator for each of these pairs of places on pp, at every place on the other axes;
         collective over all ranks, which pass the same list. They are remembered, as groups are.
 
         Returns:
@@ -177,13 +177,11 @@ class ParallelContext:
             for place in range(places):
                 # pp is the outermost axis.
                 ranks = (source * places + place, target * places + place)
-                messages = notes = dist.new_group(list(ranks), timeout=self._timeout)
-                if self.device.type == "cuda":
-                    notes = dist.new_group(list(ranks), timeout=self._timeout, backend="gloo")
+                group = dist.new_group(list(ranks), timeout=self._timeout)
                 if self.world.rank in ranks:
-                    self._channels[source, target] = Channel(messages, notes)
+                    self._channels[source, target] = group
         own = {edge: self._channels[edge] for edge in edges}
-        return {edge: channel for edge, channel in own.items() if channel is not None}
+        return {edge: group for edge, group in own.items() if group is not None}
 
     def describe_groups(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """This rank's groups: torch's name of each, to what a person calls it and its ranks."""
@@ -195,13 +193,12 @@ class ParallelContext:
         for axis in (self.world, self.model, self.pp, self.dp, self.tp):
             if axis.group is not None:
                 found[axis.group.group_name] = (axis.name, axis.ranks)
-        for (source, target), channel in self._channels.items():
-            if channel is None:
-                continue
-            ranks = (self.pp.ranks[source], self.pp.ranks[target])
-            what = f"pp from stage {source} to {target}"
-            found[channel.notes.group_name] = (f"{what}, notes", ranks)
-            found[channel.messages.group_name] = (what, ranks)
+        if self.hosts is not None:
+            found[self.hosts.group_name] = ("hosts", self.world.ranks)
+        for (source, target), group in self._channels.items():
+            if group is not None:
+                ranks = (self.pp.ranks[source], self.pp.ranks[target])
+                found[group.group_name] = (f"pp from stage {source} to {target}", ranks)
         return found
 
 

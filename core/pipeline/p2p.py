@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.parallel.context import Channel, ParallelContext
+from core.parallel.context import ParallelContext
 from core.pipeline.schedules import Edge, Message, Schedule
 from core.pipeline.stage_map import StageMap
 
@@ -38,8 +38,10 @@ class Wires:
     stage: int
     ranks: tuple[int, ...]
     """Global rank of every stage, at this rank's place on the other axes."""
-    channels: Mapping[Edge, Channel]
-    """Of every edge that begins or ends here."""
+    channels: Mapping[Edge, dist.ProcessGroup]
+    """For the messages of every edge that begins or ends here."""
+    hosts: dist.ProcessGroup | None
+    """For notes; None without edges."""
     streams: Mapping[Edge, torch.cuda.Stream]
     """On CUDA, what the transfers of every such edge are ordered by: not the computation's stream,
     whose end they would wait for."""
@@ -74,7 +76,9 @@ class Wires:
         streams = {}
         if ctx.device.type == "cuda":
             streams = {edge: torch.cuda.Stream(ctx.device) for edge in channels}
-        return cls(ctx.pp.rank, ctx.pp.ranks, channels, streams, shapes, dtype, ctx.device)
+        return cls(
+            ctx.pp.rank, ctx.pp.ranks, channels, ctx.hosts, streams, shapes, dtype, ctx.device
+        )
 
     def shapes_of(self, message: Message) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of a message's tensors."""
@@ -84,7 +88,8 @@ class Wires:
         """Send an empty note to the other end of an edge, or wait for one from there."""
         other = edge.target if edge.source == self.stage else edge.source
         call = dist.send if sends else dist.recv
-        call(torch.zeros(1), self.ranks[other], group=self.channels[edge].notes)
+        # Two edges between the same stages begin at different ones.
+        call(torch.zeros(1), self.ranks[other], group=self.hosts, tag=edge.source)
 
     def transfer(self, edge: Edge, tensors: Sequence[Tensor]) -> list[dist.Work]:
         """Start to send tensors over an edge that begins here, or to receive them over one that
@@ -92,7 +97,7 @@ class Wires:
         """
         begins = edge.source == self.stage
         call, other = (dist.isend, edge.target) if begins else (dist.irecv, edge.source)
-        group = self.channels[edge].messages
+        group = self.channels[edge]
         works = [call(tensor, self.ranks[other], group=group) for tensor in tensors]
         return [work for work in works if work is not None]
 

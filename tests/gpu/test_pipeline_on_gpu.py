@@ -1,4 +1,4 @@
-"""Pipeline schedules over two GPUs, against one process on the CPU."""
+"""Pipeline schedules over two and four GPUs, against one process on the CPU."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -24,9 +24,9 @@ from models.llama.train import llama_task
 
 pytestmark = pytest.mark.multi_gpu
 
-MICROBATCHES, SIZE, LENGTH = 6, 2, 128
+MICROBATCHES, SIZE, LENGTH = 8, 2, 128
 MODEL = TransformerConfig(
-    num_layers=4,
+    num_layers=8,
     hidden_size=256,
     num_attention_heads=8,
     num_query_groups=2,
@@ -102,13 +102,17 @@ def fresh_pool() -> Iterator[WorkerPool]:
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb_h1", "zbv"])
+@pytest.mark.parametrize("stages", [2, 4])
 def test_stages_train_as_one_process(
     fresh_pool: WorkerPool,
     expected: list[float],
+    stages: int,
     schedule: Literal["1f1b", "interleaved", "zb_h1", "zbv"],
 ) -> None:
-    parallel = ParallelConfig(pp=2, schedule=schedule)
-    found = fresh_pool.run(_losses, 2, "cuda", parallel, timeout=120.0, device="cuda")
+    if torch.cuda.device_count() < stages:
+        pytest.skip(f"needs {stages} GPUs")
+    parallel = ParallelConfig(pp=stages, schedule=schedule)
+    found = fresh_pool.run(_losses, stages, "cuda", parallel, timeout=120.0, device="cuda")
     assert expected[2] < expected[0]
     for losses in found:
         assert losses == pytest.approx(expected, rel=1e-4)
