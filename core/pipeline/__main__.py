@@ -12,7 +12,8 @@ from core.config.loading import exit_on_user_error, one_sentence
 from core.errors import ConfigError
 from core.pipeline.costs import Part, Work
 from core.pipeline.draw import picture, text_timeline
-from core.pipeline.layout import Layout, balanced, expand_layout, parse_layout
+from core.pipeline.fastest import fastest
+from core.pipeline.layout import Layout, expand_layout, parse_layout
 from core.pipeline.schedules import SCHEDULES, make_schedule, stage_map_for
 from core.pipeline.simulate import Costs, Simulation, Timeline, bubble_of, simulate, span_of
 from core.pipeline.stage_map import StageMap
@@ -42,7 +43,8 @@ class Show:
     """Parts of each piece, such as 'E t*3|t*3|t*2|L'. L is head and loss, the embedding E takes no
     time, every other letter is a layer."""
     layers: int | None = None
-    """Layers t of the model. Without --layout, embedding, layers and head are balanced."""
+    """Layers t of the model. Without --layout, embedding, layers and head are cut so that the
+    simulated step is short."""
     head_cost: float | None = None
     """With a layout: time of head and loss, in layers; 1 by default."""
     from_trace: Path | None = None
@@ -139,7 +141,13 @@ class Show:
             for letter in letters
         ]
         if self.layout is None:
-            return balanced(parts, where)
+            return fastest(
+                parts,
+                self.schedule,
+                stages=where.stages,
+                chunks=where.chunks,
+                microbatches=self.microbatches,
+            )
         return parse_layout(self.layout, parts, where)
 
 

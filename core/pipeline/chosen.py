@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from core.config.parallel import ParallelConfig
 from core.errors import about
 from core.pipeline.costs import Part
-from core.pipeline.layout import Layout, balanced, parse_layout
+from core.pipeline.fastest import fastest
+from core.pipeline.layout import Layout, parse_layout
 from core.pipeline.schedules import stage_map_for
 
 
-def chosen_layout(parts: Sequence[Part], config: ParallelConfig) -> Layout:
-    """Cut a model as `--parallel` says; without a layout string, balanced by cost.
+def chosen_layout(parts: Sequence[Part], config: ParallelConfig, microbatches: int) -> Layout:
+    """Cut a model as `--parallel` says; without a layout string, so that a simulated step of so
+    many microbatches is short.
 
     Raises:
         ConfigError: the model cannot be cut so.
@@ -23,4 +25,10 @@ def chosen_layout(parts: Sequence[Part], config: ParallelConfig) -> Layout:
         with about("--parallel.layout"):
             return parse_layout(config.layout, parts, where)
     with about(f"--parallel.pp {config.pp}"):
-        return balanced(parts, where)
+        return fastest(
+            parts,
+            config.schedule,
+            stages=where.stages,
+            chunks=where.chunks,
+            microbatches=microbatches,
+        )

@@ -5,6 +5,14 @@ from dataclasses import dataclass, replace
 
 from core.config.transformer import TransformerConfig
 
+ATTENTION_FORWARD = 690 / 554
+"""What a FLOP of attention's forward pass costs beside one of a matrix product: their rates on an
+H200 in TFLOP/s (`benchmarks/notes.md`)."""
+
+ATTENTION_BACKWARD = 2.5 * 690 / 476
+"""What its backward pass costs per FLOP of its forward pass: a kernel makes five products, the
+forward pass two."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -72,9 +80,9 @@ def language_model_parts(
 ) -> tuple[Part, ...]:
     """Embedding `E`, layers `t` and head with loss `L`, with their FLOPs per token.
 
-    Together they cost what `TransformerConfig.flops_per_token` says. Attention's scores and values
-    have no weights: twice their forward FLOPs are input gradient. The head has a copy of the
-    table also if it is tied, since the two lie on different stages.
+    Attention's are counted by the time that they take, as FLOPs of a matrix product
+    (`ATTENTION_FORWARD`, `ATTENTION_BACKWARD`); its scores and values have no weights. The head has
+    a copy of the table also if it is tied, since the two lie on different stages.
 
     Args:
         config: architecture.
@@ -113,7 +121,11 @@ def _layers(config: TransformerConfig, seq_length: int, *, causal: bool) -> Iter
         yield Part(
             symbol="t",
             name=f"layer {layer}",
-            work=Work(2 * gemms + scores, 2 * gemms + 2 * scores, 2.0 * gemms),
+            work=Work(
+                2 * gemms + ATTENTION_FORWARD * scores,
+                2 * gemms + ATTENTION_BACKWARD * scores,
+                2.0 * gemms,
+            ),
             parameters=gemms + vectors,
         )
 

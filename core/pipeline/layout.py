@@ -233,6 +233,15 @@ def _even_cut(costs: Sequence[int], pieces: int) -> list[int]:
     return bounds[::-1]
 
 
+def moved(bounds: Sequence[int], source: int, target: int) -> list[int]:
+    """Bounds with one part fewer in one piece and one more in another; those between pass one
+    on.
+    """
+    low, high = min(source, target), max(source, target)
+    step = 1 if target < source else -1
+    return [at + step if low < i <= high else at for i, at in enumerate(bounds)]
+
+
 def _move_parts(costs: Sequence[int], bounds: list[int], where: StageMap) -> list[int]:
     """Shift one part at a time from a piece of a slowest stage to any other piece, the pieces
     between passing one on, as long as the stages become more even.
@@ -247,15 +256,10 @@ def _move_parts(costs: Sequence[int], bounds: list[int], where: StageMap) -> lis
         ends = bounds[1] - bounds[-2]
         return max(stages), sum(c * c for c in stages), sum(c * c for c in pieces), ends
 
-    def moved(source: int, target: int) -> list[int]:
-        low, high = min(source, target), max(source, target)
-        step = 1 if target < source else -1
-        return [at + step if low < i <= high else at for i, at in enumerate(bounds)]
-
     now = score(bounds)
     while True:
         candidates = (
-            moved(source, target)
+            moved(bounds, source, target)
             for source in range(where.pieces)
             if bounds[source + 1] - bounds[source] > 1
             for target in range(where.pieces)

@@ -2,9 +2,9 @@
 
 An NCCL send or receive is a kernel that runs until its peer comes. While it runs, much may wait for
 it: the loading of a kernel, an allocation, whatever CUDA puts into the same queue; and if the peer
-waits for that, neither goes on. So no transfer is started before both ends are there. When a tensor
-is computed, a thread at the source notes so to the target; when the target needs the message, its
-host takes the note, answers it, and receives; then the thread sends.
+waits for that, neither goes on. So no transfer is started before both ends are there. When the
+target needs a message, its host notes so to the source, where a thread waits for it; once the
+tensors are computed, the thread answers and sends, and the host receives.
 
 Sends hold up nothing. The host of the target waits for messages, so it is at most one action ahead
 of its device.
@@ -183,10 +183,8 @@ class Mailbox:
         message, wires = self._expected[edge].popleft(), self._wires
         for sender in self._senders.values():
             sender.check()
-        wires.note(edge, sends=False)
-        # Before the receive: two ranks may be connected at their first transfer, which both must be
-        # waiting in.
         wires.note(edge, sends=True)
+        wires.note(edge, sends=False)
         shapes = wires.shapes_of(message)
         with wires.on_stream(edge):
             tensors = {
@@ -199,14 +197,15 @@ class Mailbox:
 def _send(
     wires: Wires, edge: Edge, tensors: Sequence[Tensor], computed: torch.cuda.Event | None
 ) -> None:
-    """Send a message once it is computed and its target needs it; returns when it is there, as the
+    """Send a message once its target needs it and it is computed; returns when it is there, as the
     tensors must live until then.
     """
+    wires.note(edge, sends=False)
     if computed is not None:
         torch.cuda.set_device(wires.device)  # every thread has a device of its own
         computed.synchronize()
+    # Nothing comes between this and the transfer: the target begins to receive now.
     wires.note(edge, sends=True)
-    wires.note(edge, sends=False)
     with wires.on_stream(edge):
         for work in wires.transfer(edge, tensors):
             work.wait()

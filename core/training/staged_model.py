@@ -46,7 +46,9 @@ class StagedModel:
             ConfigError: the model cannot be cut so.
         """
         self._task, self._ctx, self._parallel = task, ctx, config.parallel
-        self.layout = chosen_layout(task.parts(config.data), config.parallel)
+        train = config.train
+        microbatches = train.global_batch_size // (train.micro_batch_size * ctx.dp.size)
+        self.layout = chosen_layout(task.parts(config.data), config.parallel, microbatches)
         where, bounds = self.layout.stage_map, self.layout.bounds
         place = model_placement(ctx, config.parallel, dtype)
         pieces = [where.piece(ctx.pp.rank, chunk) for chunk in range(where.chunks)]

@@ -9,7 +9,14 @@ from core.config.transformer import TransformerConfig
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
 from core.parallel.sharding import declared_parameters
-from core.pipeline.costs import Part, Work, effective_work, language_model_parts
+from core.pipeline.costs import (
+    ATTENTION_BACKWARD,
+    ATTENTION_FORWARD,
+    Part,
+    Work,
+    effective_work,
+    language_model_parts,
+)
 from models.llama.config import PRESETS
 from models.llama.model import build_llama
 
@@ -19,8 +26,11 @@ from models.llama.model import build_llama
 def test_parts_cost_what_the_model_costs(preset: str, causal: bool) -> None:
     config = PRESETS[preset]()
     parts = language_model_parts(config, 4096, causal=causal)
+    flops = config.flops_per_token(4096, causal=causal)
+    products = 3 * sum(part.work.backward_weight for part in parts)
+    attention = (ATTENTION_FORWARD + ATTENTION_BACKWARD) / 3 * (flops - products)
     total = sum(part.work.total for part in parts)
-    assert total == pytest.approx(config.flops_per_token(4096, causal=causal), rel=1e-12)
+    assert total == pytest.approx(products + attention, rel=1e-12)
     assert [part.symbol for part in parts] == ["E", *"t" * config.num_layers, "L"]
 
 
@@ -50,8 +60,8 @@ def test_a_linear_layer_costs_the_same_three_times_and_scores_have_no_weights() 
     gemms = layer.work.backward_weight
     assert gemms == 2 * (16 * (16 + 16) + 16 * 16 + 3 * 16 * 24)
     scores = 2 * 2 * 64 * 16  # two products over all keys, 4 heads of 4
-    assert layer.work.forward == pytest.approx(gemms + scores)
-    assert layer.work.backward_input == pytest.approx(gemms + 2 * scores)
+    assert layer.work.forward == pytest.approx(gemms + ATTENTION_FORWARD * scores)
+    assert layer.work.backward_input == pytest.approx(gemms + ATTENTION_BACKWARD * scores)
 
 
 @pytest.mark.parametrize(

@@ -246,8 +246,8 @@ def _in_thread_fails() -> str:
         with pytest.raises(RuntimeError, match="the cable is cut"):
             mailbox._senders[Edge(0, 1)].close()
         return "said"
-    wires.note(Edge(0, 1), sends=False)
     wires.note(Edge(0, 1), sends=True)
+    wires.note(Edge(0, 1), sends=False)
     return "said"
 
 
