@@ -1,4 +1,4 @@
-"""Speed and memory of every pipeline schedule, with even and with balanced stages, beside one GPU
+"""Speed and memory of every pipeline schedule, with even and with automatic ones, beside one GPU
 and beside what the simulator predicts.
 
 `torchrun --nproc-per-node 4 benchmarks/pipeline.py --out traces`; one stage per process. The

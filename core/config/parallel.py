@@ -40,7 +40,7 @@ class ParallelConfig:
     """interleaved: pieces per stage; by default 2."""
     layout: str | None = None
     """Parts of each piece, as in 'E t*3|t*3|t*2|L' (E embedding, t layer, L head and loss); by
-    default balanced by cost."""
+    default such that the simulated step is short."""
     dp: int | None = None
     """Data parallel size; by default the number of processes over tp * pp."""
     cp: int = 1
