@@ -209,6 +209,8 @@ def turn(
     angles, for its backward pass. Heads are read where they lie in a fused projection.
     """
     (q, queries), (k, keys) = token_rows(q), token_rows(k)
+    if cos.dim() == 3:
+        cos, sin = (x.expand(*q.shape[:2], -1) for x in (cos, sin))
     cos, sin = cos.contiguous(), sin.contiguous()
     outs = (
         torch.empty(q.shape, dtype=q.dtype, device=q.device),

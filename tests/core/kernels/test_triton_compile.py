@@ -90,6 +90,8 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         for dtype in ("fp8e4nv", "fp8e5")
         for by_row in (False, True)
     ),
+    ("triton_embedding", "_look_up", "*i64 *bf16 *bf16 i32", {"WIDTH": 4096, "BLOCK": 4096}),
+    ("triton_embedding", "_add_rows", "*fp32 *i64 *bf16 i32", {"WIDTH": 4096, "BLOCK": 4096}),
     ("triton_fp8", "_transpose", "*u8 *u8 i32 i32", {}),
 ]
 """Module, kernel, types of its arguments (None: the argument is absent), and its constants."""
