@@ -251,7 +251,8 @@ class _Rotary(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         from core.kernels.triton_elementwise import turn
 
-        return *turn(*grads, *ctx.saved_tensors, back=True), None, None
+        (dq, dk), (cos, sin) = grads, ctx.saved_tensors
+        return *turn(dq, dk, cos, sin, back=True), None, None
 
 
 @compiled

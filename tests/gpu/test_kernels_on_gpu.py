@@ -97,10 +97,10 @@ CASES: list[tuple[str, Callable[..., Any], list[Tensor], tuple[Any, ...]]] = [
     ),
     (
         "sum and layer norm",
-        lambda *tensors: add_norm(*tensors, 1e-5),
+        add_norm,
         [_random(500, 2, 1600), _random(2, 500, 1600).view(500, 2, 1600)]
         + [_random(1600, scale=scale) for scale in (1.0, 2.0, 0.5)],
-        (),
+        (1e-5,),
     ),
     (
         "norm of heads",
@@ -180,9 +180,7 @@ def test_a_norms_gradient_is_exact_after_other_numbers_of_tokens() -> None:
     """However the sum over tokens is cut, it must not be for the first number seen."""
     for tokens in (1, 7, 300, 20_000):
         x, weight, bias = _random(tokens, 1, 256), _random(256), _random(256)
-        _close(
-            _both(lambda *args: layer_norm(*args, 1e-5), [x, weight, bias], (), torch.float32), 1e-5
-        )
+        _close(_both(layer_norm, [x, weight, bias], (1e-5,), torch.float32), 1e-5)
 
 
 def test_a_norms_weight_gradient_repeats_itself() -> None:

@@ -3,6 +3,7 @@ compiled."""
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -89,7 +90,7 @@ def test_more_tokens_than_programs(
     expected = _run(plain_add_norm, arguments, weights)
     launch = replace(triton_norm.LAUNCH, **changes)
     default = triton_norm.backward
-    monkeypatch.setattr(triton_norm, "backward", lambda *args: default(*args, launch))
+    monkeypatch.setattr(triton_norm, "backward", partial(default, launch=launch))
     # Sums of a few programs and a few columns, with a rest of each.
     monkeypatch.setattr(triton_norm, "_PROGRAMS_AT_A_TIME", 8)
     monkeypatch.setattr(triton_norm, "_COLUMNS", 16)
