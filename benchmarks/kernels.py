@@ -46,6 +46,9 @@ class Options:
     """Shapes for a dry run."""
     only: str = ""
     """Run the rows whose name contains this."""
+    variants: bool = True
+    """Time other launches of some hand-written kernels too. On a CPU that needs Triton's
+    interpreter (TRITON_INTERPRET=1)."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,16 @@ class Case:
 def plain(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The function under `core.kernels.compile.compiled`."""
     return fn.__wrapped__  # type: ignore[attr-defined]
+
+
+def with_rest(fn: Callable[..., Any], *rest: Any) -> Callable[..., Any]:
+    """The function of tensors alone: `rest` comes after them."""
+    return lambda *tensors: fn(*tensors, *rest)
+
+
+def underneath(fn: Callable[..., Any], *rest: Any) -> Callable[..., Any]:
+    """`with_rest` of the function that would be compiled."""
+    return with_rest(plain(fn), *rest)
 
 
 def random(s: Shapes, *shape: int, seed: int = 0) -> Tensor:
@@ -125,7 +138,7 @@ def differentiable(
 
     @functools.cache
     def results() -> list[list[Tensor]]:
-        tokens = min(1000, s.t)
+        tokens = min(1024, s.t)
         inputs = leaves(0, tokens)
         wide = [x.detach().float().requires_grad_() for x in inputs]
         outs, grads = both(fn, inputs)
@@ -136,74 +149,120 @@ def differentiable(
     yield Case(f"{name} backward", moved[1], backward, lambda: largest_error(*results()[2:]))
 
 
-def elementwise_cases(s: Shapes) -> Iterator[Case]:
-    unit = 2.0 * s.t * s.h
-    e = elementwise
+def norm_cases(s: Shapes) -> Iterator[Case]:
+    def vector(seed: int) -> Tensor:
+        return random(s, s.h, seed=seed)
 
-    def hidden(seed: int, t: int) -> list[Tensor]:
-        return [random(s, t, 1, s.h, seed=seed)]
+    def hidden(seed: int, t: int) -> Tensor:
+        return random(s, t, 1, s.h, seed=seed)
 
-    def with_weight(seed: int, t: int) -> list[Tensor]:
-        return [*hidden(seed, t), random(s, s.h, seed=99)]
+    def query_heads(seed: int, t: int) -> list[Tensor]:
+        qkv = random(s, t, 1, s.n + 2 * s.g, s.d, seed=seed)
+        return [qkv[:, :, : s.n], random(s, s.d, seed=99)]
 
-    def with_branch(seed: int, t: int) -> list[Tensor]:
-        return [*with_weight(seed, t), *hidden(seed + 50, t)]
+    def both(seed: int, t: int) -> list[Tensor]:
+        return [hidden(seed, t), hidden(seed + 50, t)]
 
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return e.rms_norm(x, weight, 1e-5)
+    def added(x: Tensor, branch: Tensor, weight: Tensor) -> Any:
+        return elementwise.add_norm(x, branch, None, weight, None, 1e-5)
 
-    def twin(x: Tensor, weight: Tensor) -> Tensor:
-        out: Tensor = plain(e.rms_norm)(x, weight, 1e-5)
-        return out
+    def added_twin(x: Tensor, branch: Tensor, weight: Tensor) -> Any:
+        return x + branch, rms(x + branch, weight)
 
-    def layer(x: Tensor, weight: Tensor) -> Tensor:
-        return e.layer_norm(x, weight, weight, 1e-5)
+    def all_added_twin(x: Tensor, branch: Tensor, extra: Tensor, *affine: Tensor) -> Any:
+        total = x + branch + extra
+        return total, layer(total, *affine)
 
-    def layer_twin(x: Tensor, weight: Tensor) -> Tensor:
-        out: Tensor = plain(e.layer_norm)(x, weight, weight, 1e-5)
-        return out
-
-    def sum_norm(x: Tensor, weight: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        return e.add_rms_norm(x, branch, weight, 1e-5)
-
-    def sum_twin(x: Tensor, weight: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        return x + branch, twin(x + branch, weight)
-
-    yield from differentiable("RMS norm", norm, twin, with_weight, s, (2 * unit, 3 * unit))
-    yield from differentiable("layer norm", layer, layer_twin, with_weight, s, (2 * unit, 3 * unit))
+    rms = underneath(elementwise.plain_rms_norm, 1e-5)
+    layer = underneath(elementwise.plain_layer_norm, 1e-5)
+    unit, heads = 2.0 * s.t * s.h, 2.0 * s.t * s.n * s.d
     yield from differentiable(
-        "residual sum + RMS norm", sum_norm, sum_twin, with_branch, s, (4 * unit, 4 * unit)
+        "RMS norm",
+        with_rest(elementwise.rms_norm, 1e-5),
+        rms,
+        lambda seed, t: [hidden(seed, t), vector(99)],
+        s,
+        (2 * unit, 3 * unit),
+    )
+    for name, fn in (("", elementwise.rms_norm), (", compiled", elementwise.plain_rms_norm)):
+        yield from differentiable(
+            f"RMS norm of heads{name}",
+            with_rest(fn, 1e-5),
+            rms,
+            query_heads,
+            s,
+            (2 * heads, 3 * heads),
+        )
+    yield from differentiable(
+        "layer norm",
+        with_rest(elementwise.layer_norm, 1e-5),
+        layer,
+        lambda seed, t: [hidden(seed, t), vector(98), vector(99)],
+        s,
+        (2 * unit, 3 * unit),
+    )
+    yield from differentiable(
+        "sum + RMS norm",
+        added,
+        added_twin,
+        lambda seed, t: [*both(seed, t), vector(99)],
+        s,
+        (4 * unit, 4 * unit),
+    )
+    yield from differentiable(
+        "sum + bias + layer norm",
+        with_rest(elementwise.add_norm, 1e-5),
+        all_added_twin,
+        lambda seed, t: [*both(seed, t), vector(97), vector(98), vector(99)],
+        s,
+        (4 * unit, 4 * unit),
     )
 
-    def gated(x: Tensor) -> Tensor:
-        return e.gated_activation(x, None, "silu")
 
-    def gated_twin(x: Tensor) -> Tensor:
-        out: Tensor = plain(e.plain_gated_activation)(x, None, "silu")
-        return out
+def elementwise_cases(s: Shapes) -> Iterator[Case]:
+    yield from differentiable(
+        "SwiGLU",
+        with_rest(elementwise.gated_activation, None, "silu"),
+        underneath(elementwise.plain_gated_activation, None, "silu"),
+        lambda seed, t: [random(s, t, 2 * s.f, seed=seed)],
+        s,
+        (6.0 * s.t * s.f, 10.0 * s.t * s.f),
+    )
+    yield from differentiable("rotary", *rotary_functions(s))
 
-    def inner(seed: int, t: int) -> list[Tensor]:
-        return [random(s, t, 2 * s.f, seed=seed)]
 
-    moved = 6.0 * s.t * s.f, 10.0 * s.t * s.f
-    yield from differentiable("SwiGLU", gated, gated_twin, inner, s, moved)
-    angles = torch.outer(torch.arange(s.t, device=s.device), torch.rand(s.d, device=s.device))
-    cos, sin = angles.cos(), angles.sin()
+def tables(s: Shapes) -> tuple[Tensor, Tensor]:
+    """Tables of cos and sin as a model holds them."""
+    angles = torch.outer(torch.arange(s.t, device=s.device), torch.rand(s.d // 2, device=s.device))
+    angles = torch.cat((angles, angles), dim=1)
+    return angles.cos(), angles.sin()
 
-    def heads(seed: int, t: int) -> list[Tensor]:
-        """Queries and keys as they lie in the fused projection."""
-        qkv = random(s, t, 1, s.n + 2 * s.g, s.d, seed=seed)
-        return list(qkv.split([s.n, s.g, s.g], dim=2)[:2])
+
+def queries_and_keys(s: Shapes, seed: int, t: int) -> list[Tensor]:
+    """As they lie in the fused projection."""
+    qkv = random(s, t, 1, s.n + 2 * s.g, s.d, seed=seed)
+    return list(qkv.split([s.n, s.g, s.g], dim=2)[:2])
+
+
+def rotary_bytes(s: Shapes) -> float:
+    return 4.0 * s.t * (s.n + s.g) * s.d + 8.0 * s.t * s.d
+
+
+def rotary_functions(s: Shapes) -> tuple[Any, ...]:
+    """Arguments of `differentiable` after the name."""
+    cos, sin = tables(s)
 
     def rotary(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return e.rotary(q, k, cos[: len(q)], sin[: len(q)])
+        return elementwise.rotary(q, k, cos[: len(q)], sin[: len(q)])
 
-    def rotary_twin(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        out: tuple[Tensor, Tensor] = plain(e.rotary)(q, k, cos[: len(q)], sin[: len(q)])
+    def twin(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        out: tuple[Tensor, Tensor] = plain(elementwise.plain_rotary)(
+            q, k, cos[: len(q)], sin[: len(q)]
+        )
         return out
 
-    moved = (4.0 * s.t * (s.n + s.g) * s.d + 8.0 * s.t * s.d,) * 2
-    yield from differentiable("rotary", rotary, rotary_twin, heads, s, moved)
+    make = functools.partial(queries_and_keys, s)
+    return rotary, twin, make, s, (rotary_bytes(s),) * 2
 
 
 def loss_cases(s: Shapes) -> Iterator[Case]:
@@ -329,6 +388,62 @@ def _update_case(s: Shapes, name: str, per_element: float, remainder: bool, narr
     return Case(f"AdamW, {name}", per_element * rows * 128, prepare, error)
 
 
+NORM_LAUNCHES = ((264, 16, 2), (396, 16, 2), (396, 16, 1), (264, 16, 3), (264, 8, 2))
+"""Programs, elements for each thread, tokens under way."""
+ROTARY_LAUNCHES = ((32, 4), (32, 8), (16, 4), (16, 2))
+"""Heads at a time, warps."""
+
+
+def variant_cases(s: Shapes) -> Iterator[tuple[str, Case]]:
+    """Other ways to launch some kernels: what for, and how. The defaults come first."""
+    from core.kernels import triton_elementwise, triton_norm
+
+    def norm(launch: triton_norm.Launch, centred: bool, seed: int) -> Callable[[], object]:
+        x, dnormed, dtotal = (random(s, s.t, 1, s.h, seed=seed + i) for i in (0, 50, 100))
+        weight = random(s, s.h, seed=99)
+        bias = weight if centred else None
+        statistics = triton_norm.forward(x, None, None, weight, bias, 1e-5)[2]
+        given = x, weight, statistics, dnormed, dtotal, centred, launch
+        return functools.partial(triton_norm.backward, *given)
+
+    def turn(launch: triton_elementwise.RotaryLaunch, back: bool, seed: int) -> Any:
+        q, k = queries_and_keys(s, seed, s.t)
+        if back:
+            q, k = q.contiguous(), k.contiguous()
+        return functools.partial(triton_elementwise.turn, q, k, *tables(s), back, launch)
+
+    for title, centred in (("sum + RMS norm", False), ("sum + bias + layer norm", True)):
+        for cut in NORM_LAUNCHES:
+            name = "{} programs, {} elements, {} stages".format(*cut)
+            prepare = functools.partial(norm, triton_norm.Launch(*cut), centred)
+            yield f"{title} backward", Case(name, 8.0 * s.t * s.h, prepare, lambda: 0.0)
+    for direction in ("forward", "backward"):
+        for heads, warps in ROTARY_LAUNCHES:
+            launch = triton_elementwise.RotaryLaunch(heads, warps)
+            prepare = functools.partial(turn, launch, direction == "backward")
+            name = f"{heads} heads, {warps} warps"
+            yield f"rotary {direction}", Case(name, rotary_bytes(s), prepare, lambda: 0.0)
+
+
+def compare_variants(s: Shapes, rate: float, cuda: bool) -> int:
+    """Time the variants and print them last, as a short table; returns how many broke."""
+    lines: dict[str, list[tuple[float, str]]] = {}
+    broken = 0
+    for title, case in variant_cases(s):
+        try:
+            share = case.bytes / seconds(case, cuda) / rate
+            lines.setdefault(title, []).append((share, case.name))
+        except Exception:
+            broken += 1
+            print(f"{title}, {case.name}: FAILED")
+            traceback.print_exc(file=sys.stdout)
+    print("\nvariants, of the copy rate; the first of each is the default")
+    for title, found in lines.items():
+        for share, name in found:
+            print(f"{title:34}{name:44}{share:6.3f}{'  best' if share == max(found)[0] else ''}")
+    return broken
+
+
 def copy_case(s: Shapes) -> Case:
     numel = s.t * s.v
 
@@ -365,8 +480,38 @@ def seconds(case: Case, cuda: bool) -> float:
     return statistics.median(times)
 
 
+def guarded(section: Callable[[Shapes], Iterator[Case]], s: Shapes) -> Iterator[Case | None]:
+    """The cases of a section, and None where it breaks, after which it has no more."""
+    try:
+        yield from section(s)
+    except Exception:
+        print(f"{section.__name__}  FAILED")
+        traceback.print_exc(file=sys.stdout)
+        yield None
+
+
+def measure(case: Case, rate: float, cuda: bool) -> tuple[bool, bool]:
+    """Print a row; whether it is wrong or broken, and whether it is slow."""
+    try:
+        error = case.error()
+        taken = seconds(case, cuda)
+    except Exception:
+        print(f"{case.name:34}  FAILED")
+        traceback.print_exc(file=sys.stdout)
+        return True, False
+    achieved = case.bytes / taken
+    bad, behind = not error < TOLERANCE, cuda and achieved < TARGET * rate
+    print(
+        f"{case.name:34}{case.bytes / 1e6:8.0f}{taken * 1e6:9.1f}{achieved / 1e9:8.0f}"
+        f"{achieved / rate:9.2f}{error:10.1e}{'  WRONG' if bad else ''}"
+        f"{'  slow' if behind else ''}",
+        flush=True,
+    )
+    return bad, behind
+
+
 def main() -> int:
-    """Returns the number of rows that are wrong or broken."""
+    """Returns 1 if a row is wrong or broken."""
     options = tyro.cli(Options, description=__doc__)
     # A backward pass is repeated here, so what the forward pass has kept must stay.
     torch._functorch.config.donated_buffer = False
@@ -374,38 +519,28 @@ def main() -> int:
     s = Shapes(8192, 4096, 14336, 32, 8, 128, 128256, 1 << 28, device)
     if options.small:
         s = Shapes(24, 64, 48, 4, 2, 16, 1000, 1 << 16, device)
+    start = time.perf_counter()
     copy = copy_case(s)
     rate = copy.bytes / seconds(copy, cuda)
     where = torch.cuda.get_device_name() if cuda else "CPU"
     print(f"{where}, torch {torch.__version__}; copy {rate / 1e9:,.0f} GB/s (read and written)\n")
-    print(f"{'function':32}{'MB':>8}{'us':>9}{'GB/s':>8}{'of copy':>9}{'error':>10}")
+    print(f"{'function':34}{'MB':>8}{'us':>9}{'GB/s':>8}{'of copy':>9}{'error':>10}")
     wrong = slow = 0
-    sections = (elementwise_cases, loss_cases, embedding_cases, optimizer_cases)
-    for case in (case for section in sections for case in section(s)):
-        if options.only not in case.name:
-            continue
-        try:
-            error = case.error()
-            taken = seconds(case, cuda)
-        except Exception:
-            wrong += 1
-            print(f"{case.name:32}  FAILED")
-            traceback.print_exc(file=sys.stdout)
-            continue
-        achieved = case.bytes / taken
-        bad, behind = not error < TOLERANCE, cuda and achieved < TARGET * rate
-        wrong, slow = wrong + bad, slow + behind
-        print(
-            f"{case.name:32}{case.bytes / 1e6:8.0f}{taken * 1e6:9.1f}{achieved / 1e9:8.0f}"
-            f"{achieved / rate:9.2f}{error:10.1e}{'  WRONG' if bad else ''}"
-            f"{'  slow' if behind else ''}",
-            flush=True,
-        )
-        if cuda:
-            torch.cuda.empty_cache()
-    print(f"\n{wrong} wrong; {slow} below {TARGET} of the copy rate")
-    return wrong
+    for section in (norm_cases, elementwise_cases, loss_cases, embedding_cases, optimizer_cases):
+        for case in guarded(section, s):
+            if case is None:
+                wrong += 1
+            elif options.only in case.name:
+                bad, behind = measure(case, rate, cuda)
+                wrong, slow = wrong + bad, slow + behind
+                if cuda:
+                    torch.cuda.empty_cache()
+    if options.variants:
+        wrong += compare_variants(s, rate, cuda)
+    took = time.perf_counter() - start
+    print(f"\n{wrong} wrong or broken; {slow} below {TARGET} of the copy rate; {took:.0f} s")
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(min(main(), 1))
+    sys.exit(main())

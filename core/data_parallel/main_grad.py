@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from core.kernels.compile import compiled
+from core.kernels.embedding import add_rows
 
 
 class DeferredProducts:
@@ -108,16 +109,17 @@ def _add(total: Tensor, x: Tensor) -> None:
 
 def accumulate_rows(weight: nn.Parameter, rows: Tensor, values: Tensor) -> Tensor | None:
     """Add `values` `[t, h]` to rows `[t]` of the gradient of a table `[v, h]`; see
-    `accumulate_product`.
+    `accumulate_product`. Rows of other ranks' tables are dropped.
     """
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is None:
         # In a 16-bit sum the frequent rows would lose most of what is added to them.
         wide = torch.promote_types(values.dtype, torch.float32)
         total = torch.zeros(weight.shape, dtype=wide, device=weight.device)
-        return total.index_add_(0, rows, values.to(wide)).to(weight.dtype)
+        add_rows(total, rows, values)
+        return total.to(weight.dtype)
     settle(weight)
-    main_grad.index_add_(0, rows, values.to(main_grad.dtype))
+    add_rows(main_grad, rows, values)
     say_ready(weight)
     return None
 

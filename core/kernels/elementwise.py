@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.kernels.compile import compiled, has_triton_twin, upcast
+from core.kernels.token_rows import heads_of
 from core.parallel.random import philox
 
 
-@compiled
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square norm (Zhang & Sennrich, 2019) of the last dimension.
 
@@ -26,76 +26,130 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight: `[h]`.
         eps: added to the mean square.
     """
+    if _norm_by_kernel(x, weight):
+        return _AddNorm.apply(x, None, None, weight, None, eps)[1]
+    return plain_rms_norm(x, weight, eps)
+
+
+@compiled
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` with the gradient that autograd finds."""
     wide = upcast(x)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return wide.to(x.dtype) * weight
 
 
-def add_rms_norm(
-    hidden: Tensor, branch: Tensor | None, weight: Tensor, eps: float
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm (Ba et al., 2016) of the last dimension of `[..., h]`, computed in at least
+    fp32.
+    """
+    if _norm_by_kernel(x, weight, bias):
+        return _AddNorm.apply(x, None, None, weight, bias, eps)[1]
+    return plain_layer_norm(x, weight, bias, eps)
+
+
+@compiled
+def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`layer_norm` with the gradient that autograd finds."""
+    wide = upcast(x)
+    wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * upcast(weight) + upcast(bias)).to(x.dtype)
+
+
+def add_norm(
+    hidden: Tensor,
+    branch: Tensor | None,
+    extra: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`hidden + branch` and the RMS norm of that; without a branch, `hidden` and its norm.
+    """`hidden + branch + extra` and the norm of that; without a branch, `hidden` and its norm.
 
     Both uses of the sum being known here, their gradients meet in one pass over memory.
 
     Args:
         hidden: `[..., h]`.
         branch: the same shape.
+        extra: `[h]`, the bias of the branch.
         weight: `[h]`.
-        eps: added to the mean square.
+        bias: `[h]`; with it the norm is layer norm, without RMS norm.
+        eps: added to the variance or mean square.
     """
-    if has_triton_twin(hidden) and hidden.dtype == weight.dtype:
-        from core.kernels.triton_norm import MAX_WIDTH
-
-        if hidden.shape[-1] <= MAX_WIDTH:
-            return _AddRMSNorm.apply(hidden, branch, weight, eps)
-    return plain_add_rms_norm(hidden, branch, weight, eps)
+    if _norm_by_kernel(hidden, branch, extra, weight, bias):
+        return _AddNorm.apply(hidden, branch, extra, weight, bias, eps)
+    return plain_add_norm(hidden, branch, extra, weight, bias, eps)
 
 
-def plain_add_rms_norm(
-    hidden: Tensor, branch: Tensor | None, weight: Tensor, eps: float
+def plain_add_norm(
+    hidden: Tensor,
+    branch: Tensor | None,
+    extra: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm` in parts."""
-    total = hidden if branch is None else hidden + branch
-    return total, rms_norm(total, weight, eps)
+    """`add_norm` in parts."""
+    total = hidden
+    if branch is not None:
+        total = add_bias(branch.flatten(0, -2), extra, hidden.flatten(0, -2))
+        total = total.reshape(hidden.shape)
+    if bias is None:
+        return total, plain_rms_norm(total, weight, eps)
+    return total, plain_layer_norm(total, weight, bias, eps)
 
 
-class _AddRMSNorm(torch.autograd.Function):
+def _norm_by_kernel(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the hand-written kernels take a norm of `x`.
+
+    Compiled, the sum over tokens of a weight's gradient is cut into as many pieces as suited the
+    first number of tokens; theirs is not.
+    """
+    if not has_triton_twin(x) or any(y is not None and y.dtype != x.dtype for y in others):
+        return False
+    from core.kernels.triton_norm import MAX_ELEMENTS
+
+    return heads_of(x) * x.shape[-1] <= MAX_ELEMENTS
+
+
+class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, branch: Tensor | None, weight: Tensor, eps: float
+        ctx: Any,
+        hidden: Tensor,
+        branch: Tensor | None,
+        extra: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
     ) -> tuple[Tensor, Tensor]:
         from core.kernels import triton_norm
 
-        total, normed, roots = triton_norm.forward(hidden, branch, weight, eps)
-        ctx.save_for_backward(total, weight, roots)
-        ctx.added = branch is not None
+        total, normed, statistics = triton_norm.forward(hidden, branch, extra, weight, bias, eps)
+        ctx.save_for_backward(total, weight, statistics)
+        ctx.added, ctx.has_extra = branch is not None, extra is not None
+        ctx.centred = bias is not None
         ctx.set_materialize_grads(False)
         return total, normed
 
     @staticmethod
-    def backward(
-        ctx: Any, *grads: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from core.kernels import triton_norm
 
-        total, weight, roots = ctx.saved_tensors
+        total, weight, statistics = ctx.saved_tensors
         dtotal, dnormed = grads
-        dhidden, dweight = dtotal, None
+        dhidden, dweight, dbias, dextra = dtotal, None, None, None
         if dnormed is not None:
-            dhidden, dweight = triton_norm.backward(total, weight, roots, dnormed, dtotal)
-        return dhidden, dhidden if ctx.added else None, dweight, None
-
-
-@compiled
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer norm (Ba et al., 2016) of the last dimension of `[..., h]`, computed in at least
-    fp32.
-    """
-    wide = upcast(x)
-    wide = wide - wide.mean(-1, keepdim=True)
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * upcast(weight) + upcast(bias)).to(x.dtype)
+            dhidden, sums = triton_norm.backward(
+                total, weight, statistics, dnormed, dtotal, ctx.has_extra
+            )
+            dweight = sums[0]
+            dbias = sums[1] if ctx.centred else None
+            dextra = sums[-1] if ctx.has_extra else None
+        elif dtotal is not None and ctx.has_extra:
+            dextra = dtotal.flatten(0, -2).sum(0)
+        return dhidden, dhidden if ctx.added else None, dextra, dweight, dbias, None
 
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -159,7 +213,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
 
 
-@compiled
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary embedding in half-split form: dimension i is paired with i + r / 2.
 
@@ -167,13 +220,39 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         q: `[s, b, n, d]`.
         k: `[s, b, groups, d]`.
         cos: `[s, r]`, r <= d, or `[s, b, r]` where positions differ from row to row; dimensions
-            from r on are left as they are.
+            from r on are left as they are. Not differentiated.
         sin: likewise.
     """
+    if has_triton_twin(q) and q.dtype == k.dtype:
+        return _Rotary.apply(q, k, cos, sin)
+    return plain_rotary(q, k, cos, sin)
+
+
+@compiled
+def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotary` with the gradient that autograd finds."""
     if cos.dim() == 2:
         cos, sin = cos[:, None], sin[:, None]
     cos, sin = cos[:, :, None], sin[:, :, None]
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+class _Rotary(torch.autograd.Function):
+    """Keeps the tables alone: the gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        from core.kernels.triton_elementwise import turn
+
+        ctx.save_for_backward(cos, sin)
+        return turn(q, k, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        from core.kernels.triton_elementwise import turn
+
+        (dq, dk), (cos, sin) = grads, ctx.saved_tensors
+        return *turn(dq, dk, cos, sin, back=True), None, None
 
 
 @compiled

@@ -1,16 +1,19 @@
 """Triton kernels between GEMMs, where the compiled function is far from what its bytes take.
 
 Imported on CUDA only; the tests run these kernels on a CPU under Triton's interpreter. Legend: t
-tokens, f MLP width.
+tokens, f MLP width, n heads, d head size.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from core.kernels.token_rows import token_rows
 
 if TYPE_CHECKING:
     from core.kernels.elementwise import Activation
@@ -81,3 +84,158 @@ def gated_backward(x: Tensor, dy: Tensor, kind: "Activation") -> Tensor:
         grid = (tokens, triton.cdiv(width, _GATED_BLOCK))
         _gated_backward[grid](x, dy, dx, width, kind, _GATED_BLOCK)
     return dx
+
+
+@dataclass(frozen=True)
+class RotaryLaunch:
+    """How rotary embedding is cut."""
+
+    heads: int = 32
+    """So many at a time: of 64 pairs of dimensions, two wide loads of each half for each thread."""
+    warps: int = 4
+
+
+ROTARY_LAUNCH = RotaryLaunch()
+
+
+@jit
+def _turn_heads(
+    x: tl.tensor,
+    out: tl.tensor,
+    cos_a: tl.tensor,
+    cos_b: tl.tensor,
+    sin_a: tl.tensor,
+    sin_b: tl.tensor,
+    BACK: tl.constexpr,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+) -> None:
+    """The heads of one token."""
+    form = out.dtype.element_ty
+    column = tl.arange(0, HALF_BLOCK)[None, :]
+    for first in tl.static_range(0, HEADS, HEAD_BLOCK):
+        head = first + tl.arange(0, HEAD_BLOCK)[:, None]
+        at, inside = head * SIZE + column, (head < HEADS) & (column < HALF)
+        a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
+        if BACK:
+            left, right = a * cos_a + b * sin_b, b * cos_b - a * sin_a
+        else:
+            left, right = a * cos_a - b * sin_a, b * cos_b + a * sin_b
+        tl.store(out + at, left.to(form), mask=inside)
+        tl.store(out + at + HALF, right.to(form), mask=inside)
+        if SIZE > 2 * HALF:
+            rest = 2 * HALF + tl.arange(0, REST_BLOCK)[None, :]
+            at, inside = head * SIZE + rest, (head < HEADS) & (rest < SIZE)
+            tl.store(out + at, tl.load(x + at, mask=inside, other=0.0), mask=inside)
+
+
+@jit
+def _turn(
+    q: tl.tensor,
+    k: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    q_out: tl.tensor,
+    k_out: tl.tensor,
+    q_stride: tl.tensor,
+    k_stride: tl.tensor,
+    BACK: tl.constexpr,
+    BATCH: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+) -> None:
+    """One program: one token; BATCH of them have one row of the tables."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, HALF_BLOCK)[None, :]
+    at, inside = row // BATCH * (2 * HALF) + column, column < HALF
+    cos_a = tl.load(cos + at, mask=inside, other=0.0).to(tl.float32)
+    cos_b = tl.load(cos + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    sin_a = tl.load(sin + at, mask=inside, other=0.0).to(tl.float32)
+    sin_b = tl.load(sin + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    x, out = q + row * q_stride, q_out + row * (HEADS * SIZE)
+    _turn_heads(
+        x,
+        out,
+        cos_a,
+        cos_b,
+        sin_a,
+        sin_b,
+        BACK,
+        HEADS,
+        SIZE,
+        HALF,
+        HEAD_BLOCK,
+        HALF_BLOCK,
+        REST_BLOCK,
+    )
+    x, out = k + row * k_stride, k_out + row * (GROUPS * SIZE)
+    _turn_heads(
+        x,
+        out,
+        cos_a,
+        cos_b,
+        sin_a,
+        sin_b,
+        BACK,
+        GROUPS,
+        SIZE,
+        HALF,
+        GROUP_BLOCK,
+        HALF_BLOCK,
+        REST_BLOCK,
+    )
+
+
+def turn(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    back: bool = False,
+    launch: RotaryLaunch = ROTARY_LAUNCH,
+) -> tuple[Tensor, Tensor]:
+    """`core.kernels.elementwise.rotary` in one launch, in fp32 arithmetic; `back`: by the negative
+    angles, for its backward pass. Heads are read where they lie in a fused projection.
+    """
+    (q, queries), (k, keys) = token_rows(q), token_rows(k)
+    if cos.dim() == 3:
+        cos, sin = (x.expand(*q.shape[:2], -1) for x in (cos, sin))
+    cos, sin = cos.contiguous(), sin.contiguous()
+    outs = (
+        torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        torch.empty(k.shape, dtype=k.dtype, device=k.device),
+    )
+    half = cos.shape[-1] // 2
+    if queries.tokens:
+        _turn[queries.tokens,](
+            q,
+            k,
+            cos,
+            sin,
+            *outs,
+            queries.stride,
+            keys.stride,
+            back,
+            q.shape[1] if cos.dim() == 2 else 1,
+            queries.heads,
+            keys.heads,
+            queries.width,
+            half,
+            min(launch.heads, triton.next_power_of_2(queries.heads)),
+            min(launch.heads, triton.next_power_of_2(keys.heads)),
+            triton.next_power_of_2(half),
+            triton.next_power_of_2(max(queries.width - 2 * half, 1)),
+            num_warps=launch.warps,
+        )
+    return outs

@@ -1,10 +1,12 @@
-"""Triton kernels of RMS norm on the residual stream: the sum before it in the forward pass, and the
-gradient that passes it by in the backward pass, are read and written once.
+"""Triton kernels of RMS norm and layer norm on the residual stream: the sum before it in the
+forward pass, and the gradient that passes it by in the backward pass, are read and written once.
 
-Imported on CUDA only. Legend: t tokens, h width.
+Imported on CUDA only. Legend: t tokens, n heads that are normed each on its own (1 for a hidden
+state), h width.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,124 +14,268 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from core.kernels.token_rows import TokenRows, token_rows
+
 jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
-MAX_WIDTH = 16384
-"""A row must fit into the registers of one block."""
-_PROGRAMS = 396
-"""Of the backward pass, three for each processor of an H100 or H200. Each sums the weight's
-gradient over its rows; the number is the same everywhere, so that results are too."""
+MAX_ELEMENTS = 16384
+"""What one token has must fit into the registers of one block."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the backward pass is cut. Results depend on `programs`, so it is the same everywhere."""
+
+    programs: int = 264
+    """Two for each processor of an H100 or H200, all resident at once. Each sums the gradients of
+    the parameters over its tokens."""
+    elements: int = 16
+    """For each thread: two wide loads of 16-bit elements from each of three tensors."""
+    stages: int = 2
+    """Tokens under way: the next one is fetched into shared memory while one is computed."""
+
+
+LAUNCH = Launch()
+_ELEMENTS = 16
+"""For each thread of the forward pass."""
+_COLUMNS, _PROGRAMS_AT_A_TIME = 32, 128
+"""Of the sum over programs: one line of fp32 numbers from each."""
 
 
 @jit
 def _forward(
     hidden: tl.tensor,
     branch: tl.tensor,
+    extra: tl.tensor,
     weight: tl.tensor,
+    bias: tl.tensor,
     total: tl.tensor,
     normed: tl.tensor,
-    roots: tl.tensor,
-    eps: tl.tensor,
+    statistics: tl.tensor,
+    EPS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program: one token."""
+    """One program: the heads of one token. Without a bias it is RMS norm."""
     row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, BLOCK)
-    inside = lane < WIDTH
-    at = row * WIDTH + lane
+    head = tl.arange(0, HEAD_BLOCK)[:, None]
+    lane = tl.arange(0, BLOCK)[None, :]
+    inside = (head < HEADS) & (lane < WIDTH)
+    at = head * WIDTH + lane
+    own = row * (HEADS * WIDTH) + at
     form = normed.dtype.element_ty
-    x = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(hidden + row * STRIDE + at, mask=inside, other=0.0).to(tl.float32)
     if branch is not None:
-        x += tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
-        rounded = x.to(form)
-        tl.store(total + at, rounded, mask=inside)
+        added = tl.load(branch + own, mask=inside, other=0.0).to(tl.float32)
+        if extra is not None:
+            added += tl.load(extra + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
+        rounded = (x + added).to(form)
+        tl.store(total + own, rounded, mask=inside)
         x = rounded.to(tl.float32)
-    root = tl.rsqrt(tl.sum(x * x) / WIDTH + eps)
-    tl.store(roots + row, root)
-    scale = tl.load(weight + lane, mask=inside, other=0.0).to(tl.float32)
-    y = (x * root).to(form).to(tl.float32) * scale
-    tl.store(normed + at, y.to(form), mask=inside)
+    scale = tl.load(weight + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
+    ours = (row * HEADS + head) * (1 if bias is None else 2)
+    if bias is not None:
+        mean = tl.sum(x, 1, keep_dims=True) / WIDTH
+        tl.store(statistics + ours + 1, mean, mask=head < HEADS)
+        # Not the difference of two large sums: the mean may be far from zero.
+        x = tl.where(inside, x - mean, 0.0)
+    root = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / WIDTH + EPS)
+    tl.store(statistics + ours, root, mask=head < HEADS)
+    if bias is None:
+        y = (x * root).to(form).to(tl.float32) * scale
+    else:
+        y = x * root * scale + tl.load(bias + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
+    tl.store(normed + own, y.to(form), mask=inside)
 
 
 @jit
 def _backward(
     x: tl.tensor,
     weight: tl.tensor,
-    roots: tl.tensor,
+    statistics: tl.tensor,
     dnormed: tl.tensor,
     dtotal: tl.tensor,
     dx: tl.tensor,
-    dweight: tl.tensor,
+    sums: tl.tensor,
     tokens: tl.tensor,
+    CENTRED: tl.constexpr,
+    EXTRA: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
-    """One program: every `num_programs`-th token, and one row of partial sums of `dweight`."""
-    lane = tl.arange(0, BLOCK)
-    inside = lane < WIDTH
-    scale = tl.load(weight + lane, mask=inside, other=0.0).to(tl.float32)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for row in range(tl.program_id(0).to(tl.int64), tokens, tl.num_programs(0)):
-        at = row * WIDTH + lane
-        root = tl.load(roots + row)
-        unit = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * root
-        dy = tl.load(dnormed + at, mask=inside, other=0.0).to(tl.float32)
-        sums += dy * unit
-        dy *= scale
-        grad = (dy - unit * (tl.sum(dy * unit) / WIDTH)) * root
+    """One program: every `num_programs`-th token, and for each parameter one row of partial sums:
+    weight, bias (CENTRED), bias of the branch (EXTRA).
+    """
+    head = tl.arange(0, HEAD_BLOCK)[:, None]
+    lane = tl.arange(0, BLOCK)[None, :]
+    inside = (head < HEADS) & (lane < WIDTH)
+    at = head * WIDTH + lane
+    scale = tl.load(weight + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
+    dweight = tl.zeros((HEAD_BLOCK, BLOCK), tl.float32)
+    dbias = tl.zeros((HEAD_BLOCK, BLOCK), tl.float32)
+    dextra = tl.zeros((HEAD_BLOCK, BLOCK), tl.float32)
+    start = tl.program_id(0).to(tl.int64)
+    for row in tl.range(start, tokens, tl.num_programs(0), num_stages=STAGES):
+        own = row * (HEADS * WIDTH) + at
+        unit = tl.load(x + row * STRIDE + at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dnormed + own, mask=inside, other=0.0).to(tl.float32)
+        ours = (row * HEADS + head) * (2 if CENTRED else 1)
+        root = tl.load(statistics + ours, mask=head < HEADS, other=0.0)
+        if CENTRED:
+            unit = unit - tl.load(statistics + ours + 1, mask=head < HEADS, other=0.0)
+            dbias += dy
+        unit = unit * root
+        dweight += dy * unit
+        grad = dy * scale
+        # Beyond the width `grad` is zero, and `unit` is not looked at.
+        along = tl.sum(grad * unit, 1, keep_dims=True) / WIDTH
+        if CENTRED:
+            grad = grad - tl.sum(grad, 1, keep_dims=True) / WIDTH
+        grad = (grad - unit * along) * root
         if dtotal is not None:
-            grad += tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=inside)
-    tl.store(dweight + tl.program_id(0) * WIDTH + lane, sums, mask=inside)
+            grad += tl.load(dtotal + own, mask=inside, other=0.0).to(tl.float32)
+        if EXTRA:
+            dextra += tl.where(inside, grad, 0.0)
+        tl.store(dx + own, grad.to(dx.dtype.element_ty), mask=inside)
+    kinds: tl.constexpr = 1 + CENTRED + EXTRA
+    out = sums + tl.program_id(0) * kinds * WIDTH + tl.arange(0, BLOCK)
+    store = tl.arange(0, BLOCK) < WIDTH
+    tl.store(out, tl.sum(dweight, 0), mask=store)
+    if CENTRED:
+        tl.store(out + WIDTH, tl.sum(dbias, 0), mask=store)
+    if EXTRA:
+        tl.store(out + (kinds - 1) * WIDTH, tl.sum(dextra, 0), mask=store)
 
 
-def _shape(x: Tensor) -> tuple[int, int, int, int]:
-    """Tokens, width, block, warps: 16 elements for each thread."""
-    width = x.shape[-1]
-    block = triton.next_power_of_2(width)
-    return x.numel() // width, width, block, min(max(block // 512, 1), 32)
+@jit
+def _sum_programs(
+    sums: tl.tensor,
+    out: tl.tensor,
+    programs: tl.tensor,
+    width: tl.tensor,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    """One program: COLUMNS of all rows of `[programs, width]`, ROWS at a time, in a fixed order."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, programs, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        inside = (row < programs) & (column < width)
+        total += tl.load(sums + row * width + column, mask=inside, other=0.0)
+    summed = tl.sum(total, 0, keep_dims=True)
+    tl.store(out + column, summed.to(out.dtype.element_ty), mask=column < width)
+
+
+def _constants(rows: TokenRows) -> dict[str, int]:
+    """What both kernels are told of a token."""
+    return {
+        "STRIDE": rows.stride,
+        "HEADS": rows.heads,
+        "WIDTH": rows.width,
+        "HEAD_BLOCK": triton.next_power_of_2(rows.heads),
+        "BLOCK": triton.next_power_of_2(rows.width),
+    }
+
+
+def _warps(rows: TokenRows, elements: int) -> int:
+    """So that each thread has so many elements."""
+    block = triton.next_power_of_2(rows.heads) * triton.next_power_of_2(rows.width)
+    return min(max(block // (32 * elements), 1), 32)
 
 
 def forward(
-    hidden: Tensor, branch: Tensor | None, weight: Tensor, eps: float
+    hidden: Tensor,
+    branch: Tensor | None,
+    extra: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`hidden + branch` rounded to their format, the RMS norm of that, and fp32 `[t]` what each row
-    was multiplied by.
+    """`hidden + branch + extra` rounded to their format, its norm, and what of it the backward pass
+    needs: fp32 `[t, n, 1]` what each row was multiplied by, and for layer norm (`[t, n, 2]`) its
+    mean.
 
     Args:
-        hidden: `[..., h]`, h up to `MAX_WIDTH`, of at most 32 bits.
+        hidden: `[..., h]` or `[s, b, n, h]`, n h up to `MAX_ELEMENTS`, of at most 32 bits.
         branch: the same shape; None: the sum is `hidden` itself.
-        weight: `[h]`, of the same format.
+        extra: `[h]`, the bias of the branch.
+        weight: `[h]`, like all of them of the format of `hidden`.
+        bias: `[h]`; None: RMS norm.
         eps: added to the mean square.
     """
-    hidden = hidden.contiguous()
+    hidden, rows = token_rows(hidden if branch is None else hidden.contiguous())
     branch = None if branch is None else branch.contiguous()
-    tokens, width, block, warps = _shape(hidden)
-    normed = torch.empty_like(hidden)
+    normed = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     total = hidden if branch is None else torch.empty_like(hidden)
-    roots = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
-    if tokens:
-        _forward[tokens,](
-            hidden, branch, weight, total, normed, roots, eps, width, block, num_warps=warps
+    kinds = 1 if bias is None else 2
+    statistics = torch.empty(
+        (rows.tokens, rows.heads, kinds), dtype=torch.float32, device=hidden.device
+    )
+    if rows.tokens:
+        _forward[rows.tokens,](
+            hidden,
+            branch,
+            extra,
+            weight,
+            bias,
+            total,
+            normed,
+            statistics,
+            eps,
+            **_constants(rows),
+            num_warps=_warps(rows, _ELEMENTS),
         )
-    return total, normed, roots
+    return total, normed, statistics
 
 
 def backward(
-    x: Tensor, weight: Tensor, roots: Tensor, dnormed: Tensor, dtotal: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    dnormed: Tensor,
+    dtotal: Tensor | None,
+    has_extra: bool,
+    launch: Launch = LAUNCH,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the sum, what came to it directly (`dtotal`) included, and of the weight, which
-    is summed in fp32 and in a fixed order.
+    """Gradients of the sum, what came to it directly (`dtotal`) included, and of the parameters:
+    rows for weight, bias of layer norm and `extra`, as far as they are there. Those are summed in
+    fp32 and in a fixed order.
     """
+    x, rows = token_rows(x)
     dnormed = dnormed.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
-    tokens, width, block, warps = _shape(x)
-    programs = min(tokens, _PROGRAMS)
-    dx = torch.empty_like(x)
-    dweight = torch.empty((programs, width), dtype=torch.float32, device=x.device)
-    if tokens:
-        _backward[programs,](
-            x, weight, roots, dnormed, dtotal, dx, dweight, tokens, width, block, num_warps=warps
-        )
-    return dx, dweight.sum(0).to(weight.dtype)
+    centred = statistics.shape[-1] == 2
+    programs, kinds = min(rows.tokens, launch.programs), 1 + centred + has_extra
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not rows.tokens:
+        return dx, weight.new_zeros(kinds, rows.width)
+    sums = torch.empty((programs, kinds, rows.width), dtype=torch.float32, device=x.device)
+    _backward[programs,](
+        x,
+        weight,
+        statistics,
+        dnormed,
+        dtotal,
+        dx,
+        sums,
+        rows.tokens,
+        centred,
+        has_extra,
+        **_constants(rows),
+        STAGES=launch.stages,
+        num_warps=_warps(rows, launch.elements),
+    )
+    columns = kinds * rows.width
+    out = torch.empty((kinds, rows.width), dtype=weight.dtype, device=x.device)
+    _sum_programs[triton.cdiv(columns, _COLUMNS),](
+        sums, out, programs, columns, _COLUMNS, _PROGRAMS_AT_A_TIME, num_warps=8
+    )
+    return dx, out

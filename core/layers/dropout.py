@@ -68,8 +68,10 @@ class BiasDropoutAdd(nn.Module):
         key: DropoutKey | None,
         norm: nn.Module,
     ) -> tuple[Tensor, Tensor]:
-        """What `forward` returns, and its norm; a plain sum is left to a norm that takes it."""
-        if bias is None and not self.dropout.is_on(key) and takes_sum(norm):
-            total, normed = norm(residual, x, True)
+        """What `forward` returns, and its norm; a sum without dropout is left to a norm that takes
+        sums.
+        """
+        if not self.dropout.is_on(key) and takes_sum(norm):
+            total, normed = norm(residual, x, bias, True)
             return total, normed
         return fork(norm, self(x, bias, residual, key))

@@ -5,12 +5,12 @@ positions. Legend: b batch, s sequence, v local rows, h width.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.data_parallel.main_grad import accumulate_rows
 from core.errors import ConfigError
 from core.kernels.cross_entropy import VocabSlice
+from core.kernels.embedding import look_up
 from core.layers.linear import Kind, Plan, parallel_linear
 from core.parallel.collectives import reduce_from, reduce_scatter_sequence
 from core.parallel.placement import Placement
@@ -28,21 +28,16 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: nn.Parameter, first: int) -> Tensor:
         rows = tokens - first
-        elsewhere = (rows < 0) | (rows >= weight.shape[0])
-        rows = rows.masked_fill(elsewhere, 0)
-        ctx.save_for_backward(rows, elsewhere)
+        ctx.save_for_backward(rows)
         ctx.weight = weight
-        return F.embedding(rows, weight).masked_fill_(elsewhere[..., None], 0.0)
+        return look_up(rows, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None]:
         if not ctx.needs_input_grad[1]:
             return None, None, None
-        rows, elsewhere = ctx.saved_tensors
-        # Tokens of other ranks add zeros to row 0: dropping them would need their number on the
-        # host.
-        values = grads[0].masked_fill(elsewhere[..., None], 0.0)
-        return None, accumulate_rows(ctx.weight, rows.flatten(), values.flatten(0, -2)), None
+        (rows,) = ctx.saved_tensors
+        return None, accumulate_rows(ctx.weight, rows.flatten(), grads[0].flatten(0, -2)), None
 
 
 def vocab_parallel_parameter(

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from core.kernels.elementwise import add_rms_norm, layer_norm, rms_norm
+from core.kernels.elementwise import add_norm, layer_norm, rms_norm
 from core.parallel.placement import Placement
 from core.parallel.random import ONES, ZEROS, Init
 from core.parallel.recompute import is_recomputed
@@ -59,6 +59,8 @@ def declare_norm(
 
 class _Norm(nn.Module):
     PARAMETERS: ClassVar[NormParameters]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(self, place: Placement, size: int, eps: float, *, per_head: bool = False) -> None:
         """Make the parameters.
@@ -72,47 +74,49 @@ class _Norm(nn.Module):
         """
         super().__init__()
         self.eps = eps
+        self.register_parameter("bias", None)
         declare_norm(self, place, self.PARAMETERS, size, per_head=per_head)
+
+    def forward(
+        self,
+        x: Tensor,
+        branch: Tensor | None = None,
+        extra: Tensor | None = None,
+        fork: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`[..., h]` to the same shape; with `fork`, `x + branch + extra` (or `x`; `extra` is the
+        bias of the branch) and the norm of that.
+        """
+        if fork:
+            return add_norm(x, branch, extra, self.weight, self.bias, self.eps)
+        if self.bias is None:
+            return rms_norm(x, self.weight, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(_Norm):
     """Root mean square norm with a weight (Zhang & Sennrich, 2019)."""
 
     PARAMETERS = (("weight", ONES),)
-    weight: nn.Parameter
-
-    def forward(
-        self, x: Tensor, branch: Tensor | None = None, fork: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """`[..., h]` to the same shape; with `fork`, `x + branch` (or `x`) and the norm of that."""
-        if fork:
-            return add_rms_norm(x, branch, self.weight, self.eps)
-        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(_Norm):
     """Layer norm with weight and bias (Ba et al., 2016)."""
 
     PARAMETERS = (("weight", ONES), ("bias", ZEROS))
-    weight: nn.Parameter
-    bias: nn.Parameter
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., h]` to the same shape."""
-        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 def takes_sum(norm: nn.Module) -> bool:
-    """Whether `norm(hidden, branch, True)` is right and worth while."""
+    """Whether `norm(hidden, branch, extra, True)` is right and worth while."""
     # Recompute would keep both summands for a norm that needs their sum alone.
-    return isinstance(norm, RMSNorm) and not is_recomputed(norm)
+    return isinstance(norm, _Norm) and not is_recomputed(norm)
 
 
 def fork(norm: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states to go on with, and their norm. Where the norm can, the gradients of both meet
     in one pass over memory.
     """
-    if isinstance(norm, RMSNorm):
-        same, normed = norm(hidden, None, True)
+    if isinstance(norm, _Norm):
+        same, normed = norm(hidden, None, None, True)
         return same, normed
     return hidden, norm(hidden)

@@ -127,7 +127,7 @@ def language_model_kept(config: TransformerConfig, batch: Microbatch) -> tuple[K
     logits = -(-config.vocab_size // tp) * tokens * item
     loss = tokens * (2 * wide + _LABEL_BYTES)
     head = Kept(2 * local + norm + logits + loss, local + logits, working=2 * whole)
-    look_up = tokens * (_LABEL_BYTES + 1)
+    look_up = tokens * _LABEL_BYTES
     embedding = Kept(look_up, look_up, working=whole)
     return (embedding, *[layer] * config.num_layers, head)
 

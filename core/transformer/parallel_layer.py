@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from core.config.transformer import TransformerConfig
 from core.layers.dropout import BiasDropoutAdd
 from core.layers.forward_info import ForwardInfo
+from core.layers.norm import fork
 from core.parallel.placement import Placement
 from core.parallel.recompute import Recompute, recompute_module, recomputed
 from core.spec import IdentityOp, ModuleSpec, build_module
@@ -63,8 +64,10 @@ class ParallelResidualLayer(nn.Module):
 
     def forward(self, hidden: Tensor, info: ForwardInfo) -> Tensor:
         """`[s, b, h]` (`[s / tp, b, h]` under sequence parallelism) to the same shape."""
-        attended = self.self_attention(self.input_norm(hidden), info)
-        branch = self.mlp(self.pre_mlp_norm(hidden))
+        hidden, normed = fork(self.input_norm, hidden)
+        attended = self.self_attention(normed, info)
+        hidden, normed = fork(self.pre_mlp_norm, hidden)
+        branch = self.mlp(normed)
         bias = self.self_attention.output_bias
         hidden = self.attention_add(attended, bias, hidden, info.key)
         out: Tensor = self.mlp_add(branch, self.mlp.output_bias, hidden, info.key)

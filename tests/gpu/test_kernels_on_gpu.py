@@ -22,13 +22,15 @@ from core.kernels.attention import (
 from core.kernels.cross_entropy import VocabSlice, vocab_parallel_cross_entropy
 from core.kernels.elementwise import (
     Activation,
-    _AddRMSNorm,
+    _AddNorm,
     _GatedActivation,
-    add_rms_norm,
+    _Rotary,
+    add_norm,
     biased_activation,
     drop,
     gated_activation,
     layer_norm,
+    plain_rms_norm,
     rms_norm,
     rotary,
 )
@@ -83,14 +85,33 @@ CASES: list[tuple[str, Callable[..., Any], list[Tensor], tuple[Any, ...]]] = [
     ),
     (
         "sum and norm",
-        lambda x, branch, weight: add_rms_norm(x, branch, weight, 1e-5),
+        lambda x, branch, weight: add_norm(x, branch, None, weight, None, 1e-5),
         [_random(500, 2, 1500), _random(500, 1, 3000).view(500, 2, 1500), _random(1500)],
         (),
     ),
     (
         "fork and norm",
-        lambda x, weight: add_rms_norm(x, None, weight, 1e-5),
+        lambda x, weight: add_norm(x, None, None, weight, None, 1e-5),
         [_random(5, 2, 4096), _random(4096)],
+        (),
+    ),
+    (
+        "sum and layer norm",
+        add_norm,
+        [_random(500, 2, 1600), _random(2, 500, 1600).view(500, 2, 1600)]
+        + [_random(1600, scale=scale) for scale in (1.0, 2.0, 0.5)],
+        (1e-5,),
+    ),
+    (
+        "norm of heads",
+        lambda qkv, weight: rms_norm(qkv[:, :, 2:7], weight, 1e-5),
+        [_random(300, 2, 9, 128), _random(128)],
+        (),
+    ),
+    (
+        "layer norm of heads",
+        lambda qkv, weight, bias: layer_norm(qkv[:, :, :6], weight, bias, 1e-5),
+        [_random(300, 2, 9, 80), _random(80), _random(80, scale=0.5)],
         (),
     ),
     ("gelu", biased_activation, [_random(100, 512), _random(512)], ("gelu_tanh",)),
@@ -99,6 +120,12 @@ CASES: list[tuple[str, Callable[..., Any], list[Tensor], tuple[Any, ...]]] = [
         rotary,
         [_random(64, 2, 4, 32), _random(64, 2, 2, 32)],
         (torch.rand(64, 16).cos(), torch.rand(64, 16).sin()),
+    ),
+    (
+        "rotary of a fused projection",
+        lambda qkv, cos, sin: rotary(qkv[:, :, :32], qkv[:, :, 32:40], cos, sin),
+        [_random(64, 2, 48, 128)],
+        (torch.rand(64, 128).cos(), torch.rand(64, 128).sin()),
     ),
     (
         "rotary by row",
@@ -131,7 +158,13 @@ def test_compiled_equals_plain(case: Any, dtype: torch.dtype, tolerance: float) 
 def test_hand_written_kernels_are_used() -> None:
     x, weight = (torch.ones(4, 8, device="cuda", requires_grad=True) for _ in range(2))
     assert type(gated_activation(x, None, "silu").grad_fn) is _GatedActivation._backward_cls
-    assert type(add_rms_norm(x, x, weight[0], 1e-5)[1].grad_fn) is _AddRMSNorm._backward_cls
+    for bias in (None, weight[1]):
+        normed = add_norm(x, x, bias, weight[0], bias, 1e-5)[1]
+        assert type(normed.grad_fn) is _AddNorm._backward_cls
+    heads = x[:, None, None]
+    assert type(rotary(heads, heads, x, x)[1].grad_fn) is _Rotary._backward_cls
+    for alone in (rms_norm(x, weight[0], 1e-5), layer_norm(x, weight[0], weight[1], 1e-5)):
+        assert type(alone.grad_fn) is _AddNorm._backward_cls
 
 
 def test_sum_of_squares_is_exact_and_repeats_itself() -> None:
@@ -143,11 +176,18 @@ def test_sum_of_squares_is_exact_and_repeats_itself() -> None:
     assert all(torch.equal(sum_of_squares(parts), found) for _ in range(3))
 
 
+def test_a_norms_gradient_is_exact_after_other_numbers_of_tokens() -> None:
+    """However the sum over tokens is cut, it must not be for the first number seen."""
+    for tokens in (1, 7, 300, 20_000):
+        x, weight, bias = _random(tokens, 1, 256), _random(256), _random(256)
+        _close(_both(layer_norm, [x, weight, bias], (1e-5,), torch.float32), 1e-5)
+
+
 def test_a_norms_weight_gradient_repeats_itself() -> None:
     x, weight = _random(2000, 1, 512).cuda(), _random(512).cuda().requires_grad_()
 
     def run() -> Tensor:
-        total, normed = add_rms_norm(x, x, weight, 1e-5)
+        total, normed = add_norm(x, x, None, weight, None, 1e-5)
         return torch.autograd.grad((total * normed).sum(), weight)[0]
 
     first = run()
@@ -160,7 +200,7 @@ def test_a_new_number_of_tokens_needs_no_new_graph() -> None:
     graphs = []
     for tokens in (64, 96, 128, 1000, 4096):
         x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
-        rms_norm(gated_activation(x, None, "silu"), weight, 1e-5)
+        plain_rms_norm(gated_activation(x, None, "silu"), weight, 1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [graphs[0]] * len(graphs)
 

@@ -11,6 +11,19 @@ import pytest
 
 pytest.importorskip("triton")
 
+
+def _norm_sizes(heads: int, width: int) -> dict[str, int]:
+    block = 1 << (heads - 1).bit_length(), 1 << (width - 1).bit_length()
+    sizes = {"STRIDE": heads * width, "HEADS": heads, "WIDTH": width}
+    return {**sizes, "HEAD_BLOCK": block[0], "BLOCK": block[1]}
+
+
+def _rotary_sizes(heads: int, groups: int, size: int, half: int) -> dict[str, int]:
+    sizes = {"HEADS": heads, "GROUPS": groups, "SIZE": size, "HALF": half, "HALF_BLOCK": half}
+    blocks = [1 << (n - 1).bit_length() for n in (heads, groups, max(size - 2 * half, 1))]
+    return {**sizes, **dict(zip(("HEAD_BLOCK", "GROUP_BLOCK", "REST_BLOCK"), blocks, strict=True))}
+
+
 CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     *(
         ("triton_elementwise", "_gated_backward", f"*{dtype} *{dtype} *{dtype} i32", constants)
@@ -22,6 +35,36 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         ("triton_cross_entropy", "_row_statistics", "*bf16 *fp32 i32 i32", constants)
         for constants in ({"TOTAL": True, "BLOCK": 2048}, {"TOTAL": False, "BLOCK": 2048})
     ),
+    *(
+        (
+            "triton_elementwise",
+            "_turn",
+            "*bf16 *bf16 *fp32 *fp32 *bf16 *bf16 i32 i32",
+            {"BACK": back, "BATCH": 2, **sizes},
+        )
+        for back in (True, False)
+        for sizes in (_rotary_sizes(32, 8, 128, 64), _rotary_sizes(12, 12, 64, 8))
+    ),
+    *(
+        ("triton_norm", "_forward", types, {"EPS": 1e-5, **sizes})
+        for types in (
+            "*bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *fp32",
+            "*bf16 *bf16 None *bf16 None *bf16 *bf16 *fp32",
+            "*fp32 None None *fp32 *fp32 *fp32 *fp32 *fp32",
+        )
+        for sizes in (_norm_sizes(1, 4096), _norm_sizes(12, 64))
+    ),
+    *(
+        (
+            "triton_norm",
+            "_backward",
+            f"*bf16 *bf16 *fp32 *bf16 {dtotal} *bf16 *fp32 i32",
+            {"CENTRED": centred, "EXTRA": centred, "STAGES": stages, **sizes},
+        )
+        for dtotal, centred, stages in (("*bf16", True, 2), ("*bf16", False, 1), ("None", False, 2))
+        for sizes in (_norm_sizes(1, 4096), _norm_sizes(12, 64))
+    ),
+    ("triton_norm", "_sum_programs", "*fp32 *bf16 i32 i32", {"COLUMNS": 32, "ROWS": 128}),
     (
         "triton_cross_entropy",
         "_write_gradient",
@@ -47,6 +90,8 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         for dtype in ("fp8e4nv", "fp8e5")
         for by_row in (False, True)
     ),
+    ("triton_embedding", "_look_up", "*i64 *bf16 *bf16 i32", {"WIDTH": 4096, "BLOCK": 4096}),
+    ("triton_embedding", "_add_rows", "*fp32 *i64 *bf16 i32", {"WIDTH": 4096, "BLOCK": 4096}),
     ("triton_fp8", "_transpose", "*u8 *u8 i32 i32", {}),
 ]
 """Module, kernel, types of its arguments (None: the argument is absent), and its constants."""

@@ -1,13 +1,19 @@
 """Triton kernels against the gradients that autograd finds in fp64: on a CPU under Triton's
 interpreter, on a GPU compiled."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from core.kernels.elementwise import Activation, _GatedActivation, plain_gated_activation
+from core.kernels.elementwise import (
+    Activation,
+    _GatedActivation,
+    _Rotary,
+    plain_gated_activation,
+    plain_rotary,
+)
 
 pytest.importorskip("triton")
 
@@ -62,3 +68,63 @@ def test_gated_activation_of_other_layouts() -> None:
         torch.testing.assert_close(grad, expected)
     (grad,) = torch.autograd.grad(_GatedActivation.apply(leaf[:0], "silu").sum(), leaf)
     assert not grad.any()
+
+
+def _turned(fn: Any, qkv: Tensor, counts: tuple[int, int], tables: tuple[Tensor, ...]) -> Any:
+    """Queries and keys of a fused projection turned, and its gradient."""
+    leaf = qkv.detach().requires_grad_()
+    q, k, _ = leaf.split([*counts, qkv.shape[2] - sum(counts)], dim=2)
+    outs = fn(q, k, *tables)
+    # In the order [b, n, s, d], as attention may return them.
+    dys = [
+        _random(*(x.shape[i] for i in (1, 2, 0, 3)), seed=5 + j).permute(2, 0, 1, 3)
+        for j, x in enumerate(outs)
+    ]
+    (grad,) = torch.autograd.grad(outs, leaf, [dy.to(qkv.dtype) for dy in dys])
+    return [*outs, grad]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("by_row", [True, False])
+@pytest.mark.parametrize(
+    ("counts", "size", "rotated"), [((4, 2), 16, 16), ((5, 1), 24, 10), ((3, 3), 12, 12)]
+)
+def test_rotary(
+    counts: tuple[int, int], size: int, rotated: int, by_row: bool, dtype: torch.dtype
+) -> None:
+    """The halves of the tables differ, which those of the model do not."""
+    for batch in (1, 2):
+        qkv = _random(3, batch, sum(counts) + counts[1], size).to(dtype)
+        shape = (3, batch, rotated) if by_row else (3, rotated)
+        tables = _random(*shape, seed=1).cos(), _random(*shape, seed=2).sin()
+        found = _turned(_Rotary.apply, qkv, counts, tables)
+        wide = _turned(plain_rotary, qkv.double(), counts, tuple(x.double() for x in tables))
+        for actual, expected in zip(found, wide, strict=True):
+            assert actual.dtype == dtype
+            assert actual.shape == expected.shape
+            assert _error(actual.detach(), expected.detach()) < DTYPES[dtype]
+
+
+def test_rotary_in_fp32_is_the_plain_one() -> None:
+    qkv = _random(4, 2, 6, 16)
+    tables = _random(4, 8, seed=1).cos(), _random(4, 8, seed=2).sin()
+    found, expected = (_turned(fn, qkv, (4, 1), tables) for fn in (_Rotary.apply, plain_rotary))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_rotary_by_a_few_heads_at_a_time(heads: int) -> None:
+    from core.kernels.triton_elementwise import RotaryLaunch, turn
+
+    q, k = _random(3, 2, 5, 12), _random(3, 2, 3, 12, seed=1)
+    tables = (
+        _random(3, 2, 8, seed=1).transpose(0, 1)[:, :1].expand(2, 3, 8).transpose(0, 1),
+        (_random(3, 2, 8, seed=2)),
+    )
+    found = turn(q, k, *tables, launch=RotaryLaunch(heads=heads))
+    torch.testing.assert_close(found, plain_rotary(q, k, *tables), rtol=1e-6, atol=1e-6)
+
+
+def test_rotary_of_no_tokens() -> None:
+    q, k, table = _random(0, 2, 4, 8), _random(0, 2, 2, 8), _random(0, 8)
+    assert [x.shape for x in _Rotary.apply(q, k, table, table)] == [q.shape, k.shape]

@@ -53,10 +53,13 @@ def test_a_fork_is_the_input_and_its_norm() -> None:
         hidden, normed = fork(norm, X)
         assert torch.equal(hidden, X)
         assert torch.equal(normed, norm(X))
-    total, normed = rms(X, 2 * X, True)
-    assert torch.equal(total, 3 * X)
-    assert torch.equal(normed, rms(3 * X))
-    assert [takes_sum(norm) for norm in (rms, layer, none)] == [True, False, False]
+    extra = torch.arange(8, dtype=torch.float64)
+    for norm in (rms, layer):
+        for bias in (None, extra):
+            total, normed = norm(X, 2 * X, bias, True)
+            torch.testing.assert_close(total, 3 * X if bias is None else 3 * X + bias)
+            assert torch.equal(normed, norm(total))
+    assert [takes_sum(norm) for norm in (rms, layer, none)] == [True, True, False]
     recompute_module(rms)
     assert not takes_sum(rms)
     assert torch.equal(fork(rms, X)[1], rms(X))

@@ -62,11 +62,11 @@ CPU = torch.device("cpu")
 SEQUENCE, MICROBATCHES = 64, 8
 MICROBATCH = Microbatch(seq_length=SEQUENCE, dtype="fp32")
 COMPILED = (
-    (core.layers.norm, "rms_norm"),
-    (core.kernels.elementwise, "rms_norm"),
-    (core.layers.norm, "layer_norm"),
-    (core.layers.attention, "rotary"),
+    (core.kernels.elementwise, "plain_rms_norm"),
+    (core.kernels.elementwise, "plain_layer_norm"),
+    (core.kernels.elementwise, "plain_rotary"),
     (core.kernels.elementwise, "plain_gated_activation"),
+    (core.kernels.elementwise, "add_bias"),
     (core.layers.mlp, "biased_activation"),
     (core.layers.dropout, "add_bias"),
 )
