@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from core.kernels.maxima import remember
+from core.kernels.triton_elementwise import largest_bits
+
 jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
 MAX_WIDTH = 16384
@@ -29,6 +32,7 @@ def _forward(
     total: tl.tensor,
     normed: tl.tensor,
     roots: tl.tensor,
+    maxima: tl.tensor,
     eps: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -49,7 +53,9 @@ def _forward(
     tl.store(roots + row, root)
     scale = tl.load(weight + lane, mask=inside, other=0.0).to(tl.float32)
     y = (x * root).to(form).to(tl.float32) * scale
-    tl.store(normed + at, y.to(form), mask=inside)
+    rounded = y.to(form)
+    tl.store(normed + at, rounded, mask=inside)
+    tl.store(maxima + row, largest_bits(rounded, inside))
 
 
 @jit
@@ -95,7 +101,7 @@ def forward(
     hidden: Tensor, branch: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`hidden + branch` rounded to their format, the RMS norm of that, and fp32 `[t]` what each row
-    was multiplied by.
+    was multiplied by. The norm's maxima are remembered.
 
     Args:
         hidden: `[..., h]`, h up to `MAX_WIDTH`, of at most 32 bits.
@@ -110,9 +116,10 @@ def forward(
     total = hidden if branch is None else torch.empty_like(hidden)
     roots = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
     if tokens:
-        _forward[tokens,](
-            hidden, branch, weight, total, normed, roots, eps, width, block, num_warps=warps
-        )
+        maxima = torch.empty((tokens, 1), dtype=torch.int32, device=hidden.device)
+        results = total, normed, roots, maxima
+        _forward[tokens,](hidden, branch, weight, *results, eps, width, block, num_warps=warps)
+        remember(normed, maxima.view(torch.float32))
     return total, normed, roots
 
 

@@ -29,6 +29,7 @@ from core.kernels.fp8 import (
     scales_of_columns,
     scales_of_rows,
 )
+from core.kernels.maxima import maxima_of
 from core.parallel.collectives import all_reduce
 from core.parallel.context import Axis
 
@@ -249,7 +250,7 @@ class Fp8Products:
         several matrices is the largest of their scales.
         """
         if not self.by_row:
-            scale, spread = scale_of_whole(x, dtype), cut != "alike"
+            scale, spread = scale_of_whole(maxima_of(x), dtype), cut != "alike"
         elif by_column:
             scale, spread = scales_of_columns(x, dtype), cut == "rows"
         else:

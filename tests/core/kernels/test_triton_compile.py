@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     *(
-        ("triton_elementwise", "_gated_backward", f"*{dtype} *{dtype} *{dtype} i32", constants)
+        ("triton_elementwise", name, f"{types} *i32 i32".replace("T", dtype), constants)
+        for name, types in (("_gated_forward", "*T *T"), ("_gated_backward", "*T *T *T"))
         for dtype in ("bf16", "fp32")
         for kind in ("silu", "gelu", "gelu_tanh", "relu")
         for constants in [{"KIND": kind, "BLOCK": 1024}]
@@ -48,6 +49,15 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         for by_row in (False, True)
     ),
     ("triton_fp8", "_transpose", "*u8 *u8 i32 i32", {}),
+    *(
+        (
+            "triton_norm",
+            "_forward",
+            f"*bf16 {branch} *bf16 *bf16 *bf16 *fp32 *i32 fp32",
+            {"WIDTH": 4096, "BLOCK": 4096},
+        )
+        for branch in ("*bf16", "None")
+    ),
 ]
 """Module, kernel, types of its arguments (None: the argument is absent), and its constants."""
 
