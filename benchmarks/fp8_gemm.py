@@ -56,6 +56,8 @@ class Bench:
     work: Work
     lines: list[str] = field(default_factory=list)
     copy_rate: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    """Of the seconds of lines of one name: over all shapes, what a layer takes."""
 
     def seconds(self, run: Callable[[], object]) -> float:
         """Median time of one call; inputs are larger than the cache or cold anyway."""
@@ -74,8 +76,9 @@ class Bench:
     def rate(self, name: str, flops: float, run: Callable[[], object]) -> None:
         """A line of time and TFLOP/s."""
         seconds = self.seconds(run)
+        self.sums[name] = self.sums.get(name, 0.0) + seconds
         self.lines.append(
-            f"  {name:34} {seconds * 1e6:8.0f} us {flops / seconds / 1e12:7.0f} TFLOP/s"
+            f"  {name:38} {seconds * 1e6:8.0f} us {flops / seconds / 1e12:7.0f} TFLOP/s"
         )
 
     def traffic(self, name: str, size: float, run: Callable[[], object]) -> None:
@@ -155,6 +158,8 @@ def weight_gradients(bench: Bench, width: int, out: int) -> None:
             added = partial(_add, main_grad, product)
             bench.rate(f"weight gradient {name}, {short}, added", flops, added)
     a, b = _whole(dy.t().contiguous(), E5M2), _whole(x.t().contiguous(), E4M3)
+    inside = partial(add_scaled_product, main_grad, a, b, torch.bfloat16)
+    bench.rate("weight gradient current, added inside", flops, inside)
     bench.rate(
         "weight gradient current, overwrites",
         flops,
@@ -232,6 +237,9 @@ def main() -> None:
             quantisers(bench, columns)
     with bench.section("weight gradients, current: rounded to bf16 and added, or added inside"):
         added_inside(bench)
+    with bench.section("each kind of product, all shapes, in a step of 8 layers, 4 microbatches"):
+        for name, seconds in bench.sums.items():
+            bench.lines.append(f"  {name:38} {8 * 4 * seconds * 1e3:8.1f} ms")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print("\n".join(bench.lines), flush=True)
 
