@@ -16,12 +16,14 @@ import torch
 import tyro
 from torch import Tensor
 
-from core.data_parallel.main_grad import accumulate_gradient
 from core.errors import ConfigError
+from core.kernels.cublaslt import adder
 from core.kernels.fp8 import (
     E4M3,
     E5M2,
     Fp8Matrix,
+    add_rounded,
+    add_scaled_product,
     flip,
     quantize,
     quantize_both,
@@ -54,6 +56,8 @@ class Bench:
     work: Work
     lines: list[str] = field(default_factory=list)
     copy_rate: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    """Of the seconds of lines of one name: over all shapes, what a layer takes."""
 
     def seconds(self, run: Callable[[], object]) -> float:
         """Median time of one call; inputs are larger than the cache or cold anyway."""
@@ -72,8 +76,9 @@ class Bench:
     def rate(self, name: str, flops: float, run: Callable[[], object]) -> None:
         """A line of time and TFLOP/s."""
         seconds = self.seconds(run)
+        self.sums[name] = self.sums.get(name, 0.0) + seconds
         self.lines.append(
-            f"  {name:34} {seconds * 1e6:8.0f} us {flops / seconds / 1e12:7.0f} TFLOP/s"
+            f"  {name:38} {seconds * 1e6:8.0f} us {flops / seconds / 1e12:7.0f} TFLOP/s"
         )
 
     def traffic(self, name: str, size: float, run: Callable[[], object]) -> None:
@@ -111,8 +116,8 @@ def _by_row(x: Tensor, dtype: torch.dtype) -> Fp8Matrix:
     return Fp8Matrix(quantize(x, scale, dtype), scale)
 
 
-def _add_to(parameter: torch.nn.Parameter, product: Callable[[], Tensor]) -> None:
-    accumulate_gradient(parameter, lambda _: product())
+def _add(total: Tensor, product: Callable[[], Tensor]) -> None:
+    add_rounded(total, product())
 
 
 def products(bench: Bench, width: int, out: int) -> None:
@@ -136,8 +141,6 @@ def weight_gradients(bench: Bench, width: int, out: int) -> None:
     tokens, flops = bench.work.tokens, 2.0 * bench.work.tokens * width * out
     x, dy = _random(tokens, width), _random(tokens, out)
     main_grad = torch.zeros(out, width, device="cuda")
-    parameter = torch.nn.Parameter(torch.empty(out, width, device="cuda", dtype=torch.bfloat16))
-    parameter.main_grad, parameter.grad_ready = main_grad, lambda: None  # type: ignore[attr-defined]
 
     def accumulate() -> None:
         torch.addmm(main_grad, dy.t(), x, out_dtype=torch.float32, out=main_grad)
@@ -152,14 +155,43 @@ def weight_gradients(bench: Bench, width: int, out: int) -> None:
             short = str(dtype).removeprefix("torch.")
             product = partial(scaled_product, a, b, dtype)
             bench.rate(f"weight gradient {name}, {short}", flops, product)
-            added = partial(_add_to, parameter, product)
+            added = partial(_add, main_grad, product)
             bench.rate(f"weight gradient {name}, {short}, added", flops, added)
     a, b = _whole(dy.t().contiguous(), E5M2), _whole(x.t().contiguous(), E4M3)
+    inside = partial(add_scaled_product, main_grad, a, b, torch.bfloat16)
+    bench.rate("weight gradient current, added inside", flops, inside)
     bench.rate(
         "weight gradient current, overwrites",
         flops,
         lambda: scaled_product(a, b, torch.float32, out=main_grad),
     )
+
+
+def added_inside(bench: Bench) -> None:
+    """Both ways to add a weight gradient of current scaling to fp32, side by side, and what a step
+    of 8 layers and 4 microbatches, of which the first overwrites, would gain.
+    """
+    found = adder(torch.device("cuda"))
+    if found is None:
+        raise RuntimeError("cuBLASLt is not used; the warning above says why")
+    bench.lines.append(f"  {'':6} {'then added':>20} {'added inside':>20} {'apart by':>10}")
+    gain = 0.0
+    for name, (width, out) in SHAPES.items():
+        flops = 2.0 * bench.work.tokens * width * out
+        a = _whole(_random(out, bench.work.tokens), E5M2)
+        b = _whole(_random(width, bench.work.tokens), E4M3)
+        totals = [torch.zeros(out, width, device="cuda") for _ in range(2)]
+        bf16 = torch.bfloat16
+        outside = partial(_add, totals[0], partial(scaled_product, a, b, bf16))
+        inside = partial(add_scaled_product, totals[1], a, b, bf16)
+        outside()
+        inside()
+        apart = ((totals[0] - totals[1]).norm() / totals[1].norm()).item()
+        times = bench.seconds(outside), bench.seconds(inside)
+        gain += 8 * 3 * (times[0] - times[1])
+        cells = [f"{t * 1e3:7.3f} ms {flops / t / 1e12:4.0f} TF/s" for t in times]
+        bench.lines.append(f"  {name:6} {cells[0]} {cells[1]} {apart:10.1e}")
+    bench.lines.append(f"  a step gains {gain * 1e3:.1f} ms; cuBLASLt plans {len(found._plans)}")
 
 
 def quantisers(bench: Bench, columns: int) -> None:
@@ -203,6 +235,11 @@ def main() -> None:
     for columns in (4096, 28672):
         with bench.section(f"quantisation of {work.tokens} x {columns}"):
             quantisers(bench, columns)
+    with bench.section("weight gradients, current: rounded to bf16 and added, or added inside"):
+        added_inside(bench)
+    with bench.section("each kind of product, all shapes, in a step of 8 layers, 4 microbatches"):
+        for name, seconds in bench.sums.items():
+            bench.lines.append(f"  {name:38} {8 * 4 * seconds * 1e3:8.1f} ms")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print("\n".join(bench.lines), flush=True)
 

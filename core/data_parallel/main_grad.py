@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.kernels.compile import compiled
 from core.kernels.embedding import add_rows
 
 
@@ -81,14 +80,16 @@ def accumulate_product(weight: nn.Parameter, dy: Tensor, x: Tensor) -> Tensor | 
 
 
 def accumulate_gradient(
-    weight: nn.Parameter, product: Callable[[Tensor | None], Tensor]
+    weight: nn.Parameter,
+    product: Callable[[Tensor | None], Tensor],
+    add: Callable[[Tensor], None],
 ) -> Tensor | None:
-    """Add a product to the gradient of a weight that cannot be accumulated inside the GEMM; see
-    `accumulate_product`.
+    """`accumulate_product` with a product of another kind.
 
     Args:
         weight: `[o, i]`.
         product: makes the gradient, and puts it into its argument if it is given one.
+        add: adds the gradient to its argument.
     """
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     if main_grad is None:
@@ -96,15 +97,10 @@ def accumulate_gradient(
     if _take_stale(weight):
         product(main_grad)
     else:
-        _add(main_grad, product(None))
+        add(main_grad)
     weight.from_products = True  # type: ignore[attr-defined]
     say_ready(weight)
     return None
-
-
-@compiled
-def _add(total: Tensor, x: Tensor) -> None:
-    total.add_(x)
 
 
 def accumulate_rows(weight: nn.Parameter, rows: Tensor, values: Tensor) -> Tensor | None:

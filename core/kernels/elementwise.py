@@ -181,14 +181,17 @@ def plain_gated_activation(x: Tensor, bias: Tensor | None, kind: Activation) -> 
 
 class _GatedActivation(torch.autograd.Function):
     """Keeps `x` alone. The compiler's backward pass takes 2.2 times what its bytes take (606 us at
-    8192 x 14336 on an H200), so that one is written by hand.
+    8192 x 14336 on an H200), so that one is written by hand, and the forward pass with it, for the
+    maxima that both find on their way.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: Activation) -> Tensor:
+        from core.kernels.triton_elementwise import gated_forward
+
         ctx.save_for_backward(x)
         ctx.kind = kind
-        return plain_gated_activation(x, None, kind)
+        return gated_forward(x, kind)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -153,3 +153,27 @@ def scaled_product(
     if bias is not None:
         product += bias
     return product.to(dtype) if out is None else out.copy_(product)
+
+
+def add_scaled_product(total: Tensor, a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype) -> None:
+    """Add `a b^T` to a matrix: inside the product where `core/kernels/cublaslt.py` can, else it is
+    rounded to `dtype` and then added.
+
+    Args:
+        total: `[m, n]`.
+        a: `[m, k]`, see `scaled_product`.
+        b: `[n, k]`.
+        dtype: format of the product.
+    """
+    if total.is_cuda:
+        from core.kernels import cublaslt
+
+        if cublaslt.add_product(total, a, b):
+            return
+    add_rounded(total, scaled_product(a, b, dtype))
+
+
+@compiled
+def add_rounded(total: Tensor, x: Tensor) -> None:
+    """Add a matrix of a narrower format."""
+    total.add_(x)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from core.kernels.maxima import remember
 from core.kernels.token_rows import token_rows
 
 if TYPE_CHECKING:
@@ -25,23 +26,15 @@ _GATED_BLOCK = 1024
 
 
 @jit
-def _gated_backward(
-    x: tl.tensor,
-    dy: tl.tensor,
-    dx: tl.tensor,
-    width: tl.tensor,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """One program: BLOCK columns of one token."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
-    at = row * 2 * width + column
-    gate = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x + at + width, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(dy + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    # value is the activation of the gate, slope its derivative.
+def largest_bits(x: tl.tensor, inside: tl.tensor) -> tl.tensor:
+    """The largest magnitude as the bits of an fp32 number, in whose order NaN is the largest."""
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(tl.where(inside, bits, 0))
+
+
+@jit
+def _activation(gate: tl.tensor, KIND: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Value and slope."""
     if KIND == "silu":
         share = tl.sigmoid(gate)
         value = gate * share
@@ -61,13 +54,81 @@ def _gated_backward(
         tl.static_assert(KIND == "relu")
         value = tl.maximum(gate, 0.0)
         slope = tl.where(gate > 0.0, 1.0, 0.0)
-    out = dx.dtype.element_ty
-    tl.store(dx + at, (grad * up * slope).to(out), mask=inside)
-    tl.store(dx + at + width, (grad * value).to(out), mask=inside)
+    return value, slope
+
+
+@jit
+def _gated_forward(
+    x: tl.tensor,
+    y: tl.tensor,
+    maxima: tl.tensor,
+    width: tl.tensor,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program: BLOCK columns of one token."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    at = row * 2 * width + column
+    gate = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + at + width, mask=inside, other=0.0).to(tl.float32)
+    value, _ = _activation(gate, KIND)
+    out = (value * up).to(y.dtype.element_ty)
+    tl.store(y + row * width + column, out, mask=inside)
+    tl.store(maxima + row * tl.num_programs(1) + tl.program_id(1), largest_bits(out, inside))
+
+
+@jit
+def _gated_backward(
+    x: tl.tensor,
+    dy: tl.tensor,
+    dx: tl.tensor,
+    maxima: tl.tensor,
+    width: tl.tensor,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program: BLOCK columns of one token."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    at = row * 2 * width + column
+    gate = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + at + width, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(dy + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    value, slope = _activation(gate, KIND)
+    first = (grad * up * slope).to(dx.dtype.element_ty)
+    second = (grad * value).to(dx.dtype.element_ty)
+    tl.store(dx + at, first, mask=inside)
+    tl.store(dx + at + width, second, mask=inside)
+    largest = tl.maximum(largest_bits(first, inside), largest_bits(second, inside))
+    tl.store(maxima + row * tl.num_programs(1) + tl.program_id(1), largest)
+
+
+def gated_forward(x: Tensor, kind: "Activation") -> Tensor:
+    """`act(gate) * up` of `[gate | up]`; fp32 arithmetic. Its maxima are remembered.
+
+    Args:
+        x: `[t, 2f]`, gate first, of at most 32 bits.
+        kind: the activation.
+
+    Returns:
+        `[t, f]` in the format of `x`.
+    """
+    x = x.contiguous()
+    tokens, width = x.shape[0], x.shape[1] // 2
+    y = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
+    if y.numel():
+        grid, maxima = _grid(y)
+        _gated_forward[grid](x, y, maxima, width, kind, _GATED_BLOCK)
+        remember(y, maxima.view(torch.float32))
+    return y
 
 
 def gated_backward(x: Tensor, dy: Tensor, kind: "Activation") -> Tensor:
-    """Gradient of `act(gate) * up` by `[gate | up]`, in one pass; fp32 arithmetic.
+    """Gradient of `act(gate) * up` by `[gate | up]`, in one pass; fp32 arithmetic. Its maxima are
+    remembered.
 
     Args:
         x: `[t, 2f]`, gate first, of at most 32 bits.
@@ -79,11 +140,17 @@ def gated_backward(x: Tensor, dy: Tensor, kind: "Activation") -> Tensor:
     """
     x, dy = x.contiguous(), dy.contiguous()
     dx = torch.empty_like(x)
-    tokens, width = dy.shape
     if dy.numel():
-        grid = (tokens, triton.cdiv(width, _GATED_BLOCK))
-        _gated_backward[grid](x, dy, dx, width, kind, _GATED_BLOCK)
+        grid, maxima = _grid(dy)
+        _gated_backward[grid](x, dy, dx, maxima, dy.shape[1], kind, _GATED_BLOCK)
+        remember(dx, maxima.view(torch.float32))
     return dx
+
+
+def _grid(y: Tensor) -> tuple[tuple[int, int], Tensor]:
+    """Programs, and where each puts a maximum."""
+    grid = (y.shape[0], triton.cdiv(y.shape[1], _GATED_BLOCK))
+    return grid, torch.empty(grid, dtype=torch.int32, device=y.device)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from core.kernels.maxima import remember
 from core.kernels.token_rows import TokenRows, token_rows
+from core.kernels.triton_elementwise import largest_bits
 
 jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
@@ -52,6 +54,7 @@ def _forward(
     total: tl.tensor,
     normed: tl.tensor,
     statistics: tl.tensor,
+    maxima: tl.tensor,
     EPS: tl.constexpr,
     STRIDE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -88,7 +91,9 @@ def _forward(
         y = (x * root).to(form).to(tl.float32) * scale
     else:
         y = x * root * scale + tl.load(bias + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
-    tl.store(normed + own, y.to(form), mask=inside)
+    rounded = y.to(form)
+    tl.store(normed + own, rounded, mask=inside)
+    tl.store(maxima + row, largest_bits(rounded, inside))
 
 
 @jit
@@ -201,7 +206,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`hidden + branch + extra` rounded to their format, its norm, and what of it the backward pass
     needs: fp32 `[t, n, 1]` what each row was multiplied by, and for layer norm (`[t, n, 2]`) its
-    mean.
+    mean. The norm's maxima are remembered.
 
     Args:
         hidden: `[..., h]` or `[s, b, n, h]`, n h up to `MAX_ELEMENTS`, of at most 32 bits.
@@ -220,6 +225,7 @@ def forward(
         (rows.tokens, rows.heads, kinds), dtype=torch.float32, device=hidden.device
     )
     if rows.tokens:
+        maxima = torch.empty((rows.tokens, 1), dtype=torch.int32, device=hidden.device)
         _forward[rows.tokens,](
             hidden,
             branch,
@@ -229,10 +235,12 @@ def forward(
             total,
             normed,
             statistics,
+            maxima,
             eps,
             **_constants(rows),
             num_warps=_warps(rows, _ELEMENTS),
         )
+        remember(normed, maxima.view(torch.float32))
     return total, normed, statistics
 
 

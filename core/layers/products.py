@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from core.data_parallel.derived import derived
 from core.data_parallel.main_grad import accumulate_gradient, accumulate_product
 from core.errors import ConfigError
+from core.kernels import cublaslt
 from core.kernels.fp8 import (
     E4M3,
     E5M2,
     Fp8Matrix,
+    add_scaled_product,
     flip,
     quantize,
     quantize_both,
@@ -27,6 +29,7 @@ from core.kernels.fp8 import (
     scales_of_columns,
     scales_of_rows,
 )
+from core.kernels.maxima import maxima_of
 from core.parallel.collectives import all_reduce
 from core.parallel.context import Axis
 
@@ -155,21 +158,27 @@ class Fp8Products:
     rounds the same, and quantised tokens can be gathered, in half of the bytes. The exception are
     gradients of key heads that several ranks hold, each of which has a part of them.
 
-    The gradient of a weight leaves the GEMM in the weight's format and is then added in fp32, but
-    for the first of a step, which overwrites. torch's product cannot add to a matrix; rounding once
-    to bf16 is little beside what E5M2 has rounded before, and fp32 would take a third more traffic.
+    The gradient of a weight is added in fp32 inside the GEMM. With scales by row it leaves the GEMM
+    in the weight's format and is added then: rounding once to bf16 is little beside what E5M2 has
+    rounded before, and fp32 would take a third more traffic.
     """
 
     by_row: bool = False
 
     def check(self, device: torch.device) -> None:
-        """Every CPU can (slowly), and GPUs from compute capability 8.9 on."""
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        """Every CPU can (slowly), and GPUs from compute capability 8.9 on. How these add weight
+        gradients is decided here, and said in the log if it is not inside the product.
+        """
+        if device.type != "cuda":
+            return
+        if torch.cuda.get_device_capability(device) < (8, 9):
             major, minor = torch.cuda.get_device_capability(device)
             raise ConfigError(
                 f"--precision.fp8 needs a GPU of compute capability 8.9 or more, but "
                 f"{torch.cuda.get_device_name(device)} has {major}.{minor}: leave it out"
             )
+        if not self.by_row:
+            cublaslt.adder(device)
 
     def factors(
         self, x: Tensor, cut: Cut, axis: Axis, *, gradient: bool, both: bool
@@ -229,7 +238,10 @@ class Fp8Products:
                 return gradient if out is None else out.copy_(gradient)
             return scaled_product(first, second, out.dtype, out=out)
 
-        return accumulate_gradient(weight, product)
+        def add(total: Tensor) -> None:
+            add_scaled_product(total, first, second, weight.dtype)
+
+        return accumulate_gradient(weight, product, add)
 
     def _scale(
         self, x: Tensor, cut: Cut, axis: Axis, dtype: torch.dtype, *, by_column: bool
@@ -238,7 +250,7 @@ class Fp8Products:
         several matrices is the largest of their scales.
         """
         if not self.by_row:
-            scale, spread = scale_of_whole(x, dtype), cut != "alike"
+            scale, spread = scale_of_whole(maxima_of(x), dtype), cut != "alike"
         elif by_column:
             scale, spread = scales_of_columns(x, dtype), cut == "rows"
         else:

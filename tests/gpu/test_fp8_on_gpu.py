@@ -11,6 +11,7 @@ from core.config.parallel import ParallelConfig
 from core.config.precision import PrecisionConfig
 from core.config.transformer import TransformerConfig
 from core.data_parallel.modes import make_data_parallel
+from core.kernels import cublaslt
 from core.kernels.fp8 import (
     E4M3,
     E5M2,
@@ -23,6 +24,7 @@ from core.kernels.fp8 import (
     scales_of_columns,
     scales_of_rows,
 )
+from core.layers import products
 from core.layers.linear import ColumnParallelLinear
 from core.layers.products import PLAIN, Fp8Products, Products
 from core.optim.gradients import check_copies_agree, publish_sharing
@@ -213,6 +215,27 @@ def test_a_step_never_waits_for_the_device() -> None:
             run.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_a_step_reads_for_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight once. Of a layer's eight other matrices four are known from the kernels that wrote
+    them: the norms' outputs, SwiGLU's and its gradient."""
+    run = _Run(_precision("current"), ParallelConfig(), "cuda")
+    run.step()
+    sizes: list[int] = []
+
+    def counted(x: Tensor, dtype: torch.dtype) -> Tensor:
+        sizes.append(x.numel())
+        return scale_of_whole(x, dtype)
+
+    monkeypatch.setattr(products, "scale_of_whole", counted)
+    run.step()
+    layers, microbatches, tokens = MODEL.num_layers - 1, 2, 2 * 128
+    assert len(sizes) == layers * (4 + 8 * microbatches)
+    assert sum(size == tokens for size in sizes) == layers * 4 * microbatches
+    adder = cublaslt.adder(torch.device("cuda"))
+    assert adder is not None
+    assert any(plan is not None for plan in adder._plans.values())
 
 
 @pytest.mark.multi_gpu

@@ -116,6 +116,10 @@ def _ones(out: Tensor | None) -> Tensor:
     return ones if out is None else out.copy_(ones)
 
 
+def _add_ones(total: Tensor) -> None:
+    total += 1
+
+
 def test_ready_is_said_after_the_sum() -> None:
     weight = nn.Parameter(torch.zeros(3, 2))
     seen: list[float] = []
@@ -125,7 +129,7 @@ def test_ready_is_said_after_the_sum() -> None:
     assert accumulate_product(weight, torch.ones(4, 3), torch.ones(4, 2)) is None
     assert accumulate_rows(weight, torch.tensor([0, 2]), torch.ones(2, 2)) is None
     assert accumulate_sum(weight, torch.ones(5, 3, 2)) is None
-    assert accumulate_gradient(weight, _ones) is None
+    assert accumulate_gradient(weight, _ones, _add_ones) is None
     assert seen == [24.0, 28.0, 58.0, 64.0]
 
 
@@ -138,7 +142,7 @@ def test_without_main_grad_gradients_are_returned() -> None:
     rows = accumulate_rows(weight, torch.tensor([2, 0, 2, 2]), x)
     assert rows is not None
     torch.testing.assert_close(rows, torch.stack((x[1], torch.zeros(2), x[0] + x[2] + x[3])))
-    assert accumulate_gradient(weight, lambda out: product) is product
+    assert accumulate_gradient(weight, lambda out: product, _add_ones) is product
     total = accumulate_sum(bias, dy)
     assert total is not None
     torch.testing.assert_close(total, dy.sum(0))
@@ -188,7 +192,7 @@ def test_what_comes_first_to_a_stale_gradient_replaces_it() -> None:
     assert not weight.main_grad.any()
     weight = _poisoned()
     for total in (1.0, 2.0):
-        accumulate_gradient(weight, _ones)
+        accumulate_gradient(weight, _ones, _add_ones)
         assert torch.equal(weight.main_grad, torch.full((3, 2), total))
     expire(weight)
     assert weight.stale

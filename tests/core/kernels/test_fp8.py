@@ -9,6 +9,7 @@ from core.kernels.fp8 import (
     E5M2,
     TINY,
     Fp8Matrix,
+    add_scaled_product,
     dequantize,
     flip,
     quantize,
@@ -137,3 +138,17 @@ def test_product_is_that_of_torch() -> None:
         a.data, b.data.t(), scale_a=a.scale, scale_b=b.scale.t(), out_dtype=torch.float32
     )
     torch.testing.assert_close(scaled_product(a, b, torch.float32), theirs)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_products_are_added(by_row: bool) -> None:
+    def matrix(rows: int, dtype: torch.dtype) -> Fp8Matrix:
+        x = _random(rows, 48, seed=rows)
+        scale = scales_of_rows(x, dtype) if by_row else scale_of_whole(x, dtype)
+        return Fp8Matrix(quantize(x, scale, dtype), scale)
+
+    a, b = matrix(32, E5M2), matrix(16, E4M3)
+    total = _random(32, 16, dtype=torch.float64)
+    expected = total + dequantize(a, torch.float64) @ dequantize(b, torch.float64).t()
+    add_scaled_product(total, a, b, torch.float64)
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)

@@ -26,7 +26,8 @@ def _rotary_sizes(heads: int, groups: int, size: int, half: int) -> dict[str, in
 
 CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     *(
-        ("triton_elementwise", "_gated_backward", f"*{dtype} *{dtype} *{dtype} i32", constants)
+        ("triton_elementwise", name, f"{types} *i32 i32".replace("T", dtype), constants)
+        for name, types in (("_gated_forward", "*T *T"), ("_gated_backward", "*T *T *T"))
         for dtype in ("bf16", "fp32")
         for kind in ("silu", "gelu", "gelu_tanh", "relu")
         for constants in [{"KIND": kind, "BLOCK": 1024}]
@@ -93,6 +94,15 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("triton_embedding", "_look_up", "*i64 *bf16 *bf16 i32", {"WIDTH": 4096, "BLOCK": 4096}),
     ("triton_embedding", "_add_rows", "*fp32 *i64 *bf16 i32", {"WIDTH": 4096, "BLOCK": 4096}),
     ("triton_fp8", "_transpose", "*u8 *u8 i32 i32", {}),
+    *(
+        (
+            "triton_norm",
+            "_forward",
+            f"*bf16 {branch} *bf16 *bf16 *bf16 *fp32 *i32 fp32",
+            {"WIDTH": 4096, "BLOCK": 4096},
+        )
+        for branch in ("*bf16", "None")
+    ),
 ]
 """Module, kernel, types of its arguments (None: the argument is absent), and its constants."""
 

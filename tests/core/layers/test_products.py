@@ -11,6 +11,7 @@ from torch import Tensor
 from core.config.parallel import ParallelConfig
 from core.data_parallel.buffers import GradBuffers
 from core.errors import ConfigError
+from core.kernels import elementwise
 from core.kernels.fp8 import (
     E4M3,
     E5M2,
@@ -255,6 +256,49 @@ def test_any_number_of_tokens_without_gradients(recipe: Fp8Products) -> None:
         _rounded(x[:, 0], E4M3, recipe, 1) @ _rounded(module.weight.detach(), E4M3, recipe, 1).t()
     )
     assert_close(found[:, 0], expected, 1e-12, "output")
+
+
+def test_maxima_come_from_the_kernels_that_wrote_the_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A norm, two linear layers and SwiGLU between them: scales need no read of the norm's output,
+    of SwiGLU's and of its gradient, and the results are the same to the bit."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(elementwise, "has_triton_twin", lambda x: True)
+    place, init = _place(torch.float32), Init("normal", 0.3)
+    first = ColumnParallelLinear(
+        place, H, [Block(32), Block(32)], init=ZEROS, products=Fp8Products()
+    )
+    second = RowParallelLinear(place, Block(32), H, init=ZEROS, products=Fp8Products())
+    for module in (first, second):
+        randomize(declared_parameters(module), init=init)
+
+    def run() -> list[Tensor]:
+        x = _x(S, B, H).float().requires_grad_()
+        _, normed = elementwise.add_rms_norm(x, None, torch.ones(H), 1e-5)
+        inner = first(normed)
+        flat = elementwise.gated_activation(inner.flatten(0, 1), None, "silu")
+        y = second(flat.view(S, B, -1))
+        return [y, *torch.autograd.grad(y.square().sum(), [x, first.weight, second.weight])]
+
+    def sizes(x: Tensor, dtype: torch.dtype) -> Tensor:
+        read.append(x.numel())
+        return scale_of_whole(x, dtype)
+
+    read: list[int] = []
+    monkeypatch.setattr(products, "scale_of_whole", sizes)
+    found = run()
+    tokens, weights = S * B, [first.weight.numel(), second.weight.numel()]
+    # Forward: input and weight of each layer; backward: the gradient of each, and again the weight,
+    # which is kept within a step alone.
+    assert read[:4] == [tokens, weights[0], tokens, weights[1]]
+    assert read[4:] == [tokens * H, weights[1], tokens, weights[0]]
+    read.clear()
+    monkeypatch.setattr(products, "maxima_of", lambda x: x)
+    expected = run()
+    assert read[0] == tokens * H
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
