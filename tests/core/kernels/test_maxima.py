@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.kernels.elementwise import _AddRMSNorm, _GatedActivation
+from core.kernels.elementwise import _AddNorm, _GatedActivation
 from core.kernels.fp8 import E4M3, scale_of_whole
 from core.kernels.maxima import maxima_of, remember
 
@@ -105,8 +105,8 @@ def test_kernels_know_the_largest(
         x[-1, -1, -1] = value
     hidden = x[..., width:].contiguous()
     weight = torch.randn(width, generator=generator).to(DEVICE, dtype)
-    for branch in (None, hidden):
-        normed = _AddRMSNorm.apply(hidden, branch, weight, 1e-5)[1]
+    for branch, bias in ((None, None), (hidden, None), (hidden, weight)):
+        normed = _AddNorm.apply(hidden, branch, None, weight, bias, 1e-5)[1]
         _check(normed, maxima_of(normed.detach().flatten(0, -2).contiguous()))
     # As in an MLP: flattened, and in the backward pass given back its shape.
     seen: list[Tensor] = []
