@@ -46,7 +46,8 @@ class CheckpointReader:
     """One checkpoint, read lazily. Peak memory of a load is the destination and two blocks.
 
     Every file is read front to back, once a load, and only the blocks (16 MiB) that hold something
-    wanted. A block is compared with its checksum before one of its bytes is used.
+    wanted. A block is compared with its checksum before one of its bytes is used: where it lies
+    wholly in one contiguous destination, there; else in memory from which it is then copied.
 
     Raises:
         CheckpointError: the index is damaged, or a file is missing or truncated.
@@ -76,7 +77,8 @@ class CheckpointReader:
     def load(self, tensors: Iterable[SavedTensor], *, convert: bool = False) -> None:
         """Fill local tensors at whatever layout they have. No communication.
 
-        Padding is left as it is. Damage found on the way leaves the tensors filled in part.
+        Padding is left as it is. Damage found on the way leaves the tensors filled in part, and
+        nothing of the damaged block in them.
 
         Args:
             tensors: destinations; every element of every copy is filled.
@@ -159,7 +161,7 @@ class CheckpointReader:
                 begin, end = number * size, min((number + 1) * size, self.index.files[file].size)
                 if memory is not None and first <= begin and end <= stop:
                     into[number] = memory[begin - first : end - first]
-        # Of what goes to several places, the first is not better than the others.
+        # A block with several destinations is copied to each of them.
         into = {number: memory for number, memory in into.items() if len(by_block[number]) == 1}
 
         def use(start: int, block: Tensor) -> None:
