@@ -46,7 +46,8 @@ class CheckpointReader:
     """One checkpoint, read lazily. Peak memory of a load is the destination and two blocks.
 
     Every file is read front to back, once a load, and only the blocks (16 MiB) that hold something
-    wanted. A block is compared with its checksum before one of its bytes is used.
+    wanted. A block is compared with its checksum before one of its bytes is used: where it lies
+    wholly in one contiguous destination, there; else in memory from which it is then copied.
 
     Raises:
         CheckpointError: the index is damaged, or a file is missing or truncated.
@@ -76,7 +77,8 @@ class CheckpointReader:
     def load(self, tensors: Iterable[SavedTensor], *, convert: bool = False) -> None:
         """Fill local tensors at whatever layout they have. No communication.
 
-        Padding is left as it is. Damage found on the way leaves the tensors filled in part.
+        Padding is left as it is. Damage found on the way leaves the tensors filled in part, and
+        nothing of the damaged block in them.
 
         Args:
             tensors: destinations; every element of every copy is filled.
@@ -144,20 +146,29 @@ class CheckpointReader:
             self._fill_from(file, by_file[file])
 
     def _fill_from(self, file: str, parts: "Iterable[_Part]") -> None:
-        """Copy parts that lie in one file: from each block what it holds of them."""
+        """Fill parts that lie in one file: blocks that hold nothing but bytes of one destination,
+        as they lie there, are read into it; from every other, what it holds of the parts is copied.
+        """
         size = self.index.block_size
         by_block: dict[int, list[tuple[_Part, int]]] = {}
+        into: dict[int, Tensor] = {}
         for part in parts:
             tensors, key = self._find(part.name, part.stored, file)
             first, stop = tensors.span(key, part.inside)
+            memory = part.memory(stop - first)
             for number in range(first // size, -(-stop // size)):
                 by_block.setdefault(number, []).append((part, tensors.span(key)[0]))
+                begin, end = number * size, min((number + 1) * size, self.index.files[file].size)
+                if memory is not None and first <= begin and end <= stop:
+                    into[number] = memory[begin - first : end - first]
+        # A block with several destinations is copied to each of them.
+        into = {number: memory for number, memory in into.items() if len(by_block[number]) == 1}
 
         def use(start: int, block: Tensor) -> None:
             for part, body in by_block[start // size]:
                 part.copy_from(block, start - body)
 
-        self._blocks.read(file, sorted(by_block), use)
+        self._blocks.read(file, sorted(by_block), use, into)
 
     def _find(self, name: str, stored: Box, file: str) -> tuple[SafetensorsFile, str]:
         """The file that holds a stored box, and its key there."""
@@ -223,6 +234,17 @@ class _Part:
     """The part, counted from the first index of `stored`."""
     out: Tensor
     """Of the part's shape."""
+
+    def memory(self, span: int) -> Tensor | None:
+        """The destination as flat uint8, if the file holds it byte for byte as it lies there.
+
+        Args:
+            span: bytes in the file from the part's first element to its last.
+        """
+        gapless = span == self.inside.numel * self.dtype.itemsize and self.out.is_contiguous()
+        if not gapless or self.out.dtype != self.dtype or self.out.device.type != "cpu":
+            return None
+        return self.out.detach().view(-1).view(torch.uint8)
 
     def copy_from(self, block: Tensor, offset: int) -> None:
         """Copy what a block holds of the part.

@@ -33,10 +33,10 @@ class _Counted(CheckedBlocks):
         self.fetched: list[int] = []
         self.begun = [threading.Event() for _ in range(5)]
 
-    def _fetch(self, name: str, number: int) -> None:
+    def _fetch(self, name: str, number: int, into: Tensor | None) -> None:
         self.fetched.append(number)
         self.begun[number].set()
-        super()._fetch(name, number)
+        super()._fetch(name, number, into)
 
 
 def test_blocks_come_in_order_and_the_last_is_kept(path: Path) -> None:
@@ -79,6 +79,63 @@ def test_nothing_is_handed_over_from_a_damaged_block_on(path: Path) -> None:
     with pytest.raises(DamagedCheckpointError, match="bytes 512 to 768 do not match"):
         blocks.read(FILE, [2], lambda start, _: seen.append(start))
     assert seen == [0, 256, 256]
+
+
+def test_blocks_lie_where_they_are_wanted(path: Path) -> None:
+    """A short last one too. What is kept is the last block that was handed over."""
+    blocks, data = _Counted(path), (path / FILE).read_bytes()
+    memory = torch.full((len(data) + 2,), 7, dtype=torch.uint8)
+    into = {n: memory[1 + n * BLOCK : -1][:BLOCK] for n in (1, 2, 4)}
+    seen: list[tuple[int, bytes]] = []
+
+    def use(start: int, block: Tensor) -> None:
+        seen.append((start, bytes(block.tolist())))
+
+    blocks.read(FILE, range(5), use, into)
+    assert seen == [(n * BLOCK, data[n * BLOCK : (n + 1) * BLOCK]) for n in (0, 3)]
+    around = bytes([7]) * BLOCK
+    parts = [data[n * BLOCK : (n + 1) * BLOCK] if n in into else around for n in range(5)]
+    assert bytes(memory.tolist()) == b"\x07" + b"".join(parts) + b"\x07"
+    blocks.read(FILE, [3], use)
+    assert seen[2] == seen[1]
+    assert blocks.fetched == [0, 1, 2, 3, 4]
+    memory.fill_(7)
+    blocks.read(FILE, [3], use, {3: memory[:BLOCK]})
+    assert bytes(memory[:BLOCK].tolist()) == data[3 * BLOCK : 4 * BLOCK]
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+def test_nothing_lies_where_a_damaged_block_was_wanted(path: Path, harm: str) -> None:
+    blocks, data = _Counted(path), bytearray((path / FILE).read_bytes())
+    memory = torch.full((3, BLOCK), 7, dtype=torch.uint8)
+    into = {n: memory[n - 1] for n in (1, 2, 3)}
+    data[2 * BLOCK + 5] ^= 1
+    if harm == "remove":
+        (path / FILE).unlink()
+    else:
+        (path / FILE).write_bytes(data if harm == "flip" else data[: 2 * BLOCK + 9])
+    with pytest.raises(DamagedCheckpointError, match=FILE):
+        blocks.read(FILE, range(1 if harm != "remove" else 2, 5), lambda *_: None, into)
+    if harm != "remove":
+        assert bytes(memory[0].tolist()) == data[BLOCK : 2 * BLOCK]
+    assert not memory[1].any()
+    assert (memory[2] == 7).all()
+
+
+def test_a_damaged_block_is_gone_though_something_else_failed_first(path: Path) -> None:
+    data = bytearray((path / FILE).read_bytes())
+    data[BLOCK + 5] ^= 1
+    (path / FILE).write_bytes(data)
+    blocks, memory = _Counted(path), torch.full((BLOCK,), 7, dtype=torch.uint8)
+
+    def use(*_: object) -> None:
+        assert blocks.begun[1].wait(timeout=30)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        blocks.read(FILE, range(3), use, {1: memory})
+    assert not memory.any()
 
 
 def test_a_file_that_ends_early_or_is_gone_is_named(path: Path) -> None:

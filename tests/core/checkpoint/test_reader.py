@@ -91,9 +91,9 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     fetch = CheckedBlocks._fetch
 
-    def noted(self: CheckedBlocks, name: str, number: int) -> None:
+    def noted(self: CheckedBlocks, name: str, number: int, into: Tensor | None) -> None:
         found.append((name, number))
-        fetch(self, name, number)
+        fetch(self, name, number, into)
 
     monkeypatch.setattr(CheckedBlocks, "_fetch", noted)
     return found
@@ -189,6 +189,83 @@ def test_damage_in_one_block_is_found_and_nothing_of_it_is_used(
         if block * 256 >= body + 4096:
             reader.load([_whole("x", out[0])])
             assert torch.equal(out[0], values)
+
+
+@pytest.fixture
+def placed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Blocks of 256 bytes, and the numbers of those that were read into a destination."""
+    monkeypatch.setattr("core.checkpoint.writer.BLOCK_SIZE", 256)
+    found: list[int] = []
+    fetch = CheckedBlocks._fetch
+
+    def noted(self: CheckedBlocks, name: str, number: int, into: Tensor | None) -> None:
+        if into is not None:
+            found.append(number)
+        fetch(self, name, number, into)
+
+    monkeypatch.setattr(CheckedBlocks, "_fetch", noted)
+    return found
+
+
+def test_whole_blocks_of_a_destination_are_read_into_it(tmp_path: Path, placed: list[int]) -> None:
+    """Not those that hold more than is wanted there, nor what lies there in another way."""
+    values = torch.randn(64, 48)
+    tensors = [_whole("x", values), _whole("y", values + 1), _whole("half", values.bfloat16())]
+    path = write_checkpoint(tmp_path, 1, [tensors], {})
+    reader, size = open_checkpoint(path), (path / "rank_00000.safetensors").stat().st_size
+    half, y, x = size - 64 * 48 * 2, size - 64 * 48 * 6, size - 64 * 48 * 10
+
+    def inside(start: int, stop: int) -> list[int]:
+        last = -(-size // 256) if stop == size else stop // 256
+        return list(range(-(-start // 256), last))
+
+    whole, rows = Box.whole((64, 48)), Box((7, 0), (30, 48))
+    row = 48 * 4
+    for name, box, out, expected in (
+        ("x", whole, torch.empty(64, 48), inside(x, y)),
+        ("half", whole, torch.empty(64, 48, dtype=torch.bfloat16), inside(half, size)),
+        ("y", rows, torch.empty(64, 48)[3:33], inside(y + 7 * row, y + 37 * row)),
+        ("y", rows, torch.nn.Parameter(torch.empty(30, 48)), inside(y + 7 * row, y + 37 * row)),
+        ("y", rows, torch.empty(30, 96)[:, ::2], []),
+        ("y", whole, torch.empty(48, 64).t(), []),
+        ("y", whole, torch.empty(64, 48, dtype=torch.float64), []),
+        ("y", Box((0, 0), (64, 47)), torch.empty(64, 47), []),
+    ):
+        placed.clear()
+        reader.read_box(name, box, out, convert=True)
+        assert placed == expected
+        stored = {"x": values, "y": values + 1, "half": values.bfloat16()}[name]
+        assert torch.equal(out, stored[box.slices].to(out.dtype))
+    assert inside(x, y)
+    assert inside(y + 7 * row, y + 37 * row)
+
+
+def test_a_block_with_two_destinations_gets_to_both(tmp_path: Path, placed: list[int]) -> None:
+    values = torch.randn(1024)
+    reader = open_checkpoint(write_checkpoint(tmp_path, 1, [[_whole("x", values)]], {}))
+    outs = torch.empty(3, 1024)
+    reader.load([_whole("x", outs[0]), _whole("x", outs[1])])
+    assert placed == []
+    reader.load([_whole("x", outs[2])])
+    assert len(placed) == 16
+    assert torch.equal(outs, values.expand(3, -1))
+
+
+def test_a_damaged_block_is_not_left_in_its_destination(tmp_path: Path, placed: list[int]) -> None:
+    values = torch.arange(1.0, 1025.0)
+    path = write_checkpoint(tmp_path, 1, [[_whole("x", values)]], {})
+    file = path / "rank_00000.safetensors"
+    data, body = bytearray(file.read_bytes()), file.stat().st_size - 4096
+    data[5 * 256 + 100] ^= 1
+    file.write_bytes(data)
+    out = torch.full((1024,), -1.0)
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors is damaged: bytes 1280 to"):
+        open_checkpoint(path).load([_whole("x", out)])
+    assert placed[-1] == 5
+    first, stop = (5 * 256 - body) // 4, (6 * 256 - body) // 4
+    assert torch.equal(out[:first], values[:first])
+    assert not out[first:stop].any()
+    assert (out[stop:] == -1).all()
 
 
 def test_numbers_that_lie_in_two_blocks_are_refused(tmp_path: Path) -> None:
