@@ -388,7 +388,7 @@ def _update_case(s: Shapes, name: str, per_element: float, remainder: bool, narr
     return Case(f"AdamW, {name}", per_element * rows * 128, prepare, error)
 
 
-NORM_LAUNCHES = ((264, 16, 2), (396, 16, 2), (396, 16, 1), (264, 16, 3), (264, 8, 2))
+NORM_LAUNCHES = ((264, 16, 3), (396, 16, 3), (264, 16, 2), (396, 16, 2), (264, 8, 3))
 """Programs, elements for each thread, tokens under way."""
 ROTARY_LAUNCHES = ((32, 4), (32, 8), (16, 4), (16, 2))
 """Heads at a time, warps."""

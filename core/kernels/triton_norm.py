@@ -33,8 +33,9 @@ class Launch:
     the parameters over its tokens."""
     elements: int = 16
     """For each thread: two wide loads of 16-bit elements from each of three tensors."""
-    stages: int = 2
-    """Tokens under way: the next one is fetched into shared memory while one is computed."""
+    stages: int = 3
+    """Tokens under way: the next ones are fetched into shared memory while one is computed. Fewer
+    where they have no room."""
 
 
 LAUNCH = Launch()
@@ -196,6 +197,15 @@ def _warps(rows: TokenRows, elements: int) -> int:
     return min(max(block // (32 * elements), 1), 32)
 
 
+def _stages(x: Tensor, rows: TokenRows, launch: Launch) -> int:
+    """As many as shared memory has room for: all but one token wait there, with three rows each."""
+    if not x.is_cuda:
+        return launch.stages
+    room = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin - 4096
+    block = triton.next_power_of_2(rows.heads) * triton.next_power_of_2(rows.width)
+    return min(launch.stages, 1 + room // (3 * block * x.element_size()))
+
+
 def forward(
     hidden: Tensor,
     branch: Tensor | None,
@@ -278,7 +288,7 @@ def backward(
         centred,
         has_extra,
         **_constants(rows),
-        STAGES=launch.stages,
+        STAGES=_stages(x, rows, launch),
         num_warps=_warps(rows, launch.elements),
     )
     columns = kinds * rows.width

@@ -49,9 +49,9 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     *(
         ("triton_norm", "_forward", types, {"EPS": 1e-5, **sizes})
         for types in (
-            "*bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *fp32",
-            "*bf16 *bf16 None *bf16 None *bf16 *bf16 *fp32",
-            "*fp32 None None *fp32 *fp32 *fp32 *fp32 *fp32",
+            "*bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *fp32 *i32",
+            "*bf16 *bf16 None *bf16 None *bf16 *bf16 *fp32 *i32",
+            "*fp32 None None *fp32 *fp32 *fp32 *fp32 *fp32 *i32",
         )
         for sizes in (_norm_sizes(1, 4096), _norm_sizes(12, 64))
     ),
@@ -62,7 +62,7 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
             f"*bf16 *bf16 *fp32 *bf16 {dtotal} *bf16 *fp32 i32",
             {"CENTRED": centred, "EXTRA": centred, "STAGES": stages, **sizes},
         )
-        for dtotal, centred, stages in (("*bf16", True, 2), ("*bf16", False, 1), ("None", False, 2))
+        for dtotal, centred, stages in (("*bf16", True, 3), ("*bf16", False, 1), ("None", False, 2))
         for sizes in (_norm_sizes(1, 4096), _norm_sizes(12, 64))
     ),
     ("triton_norm", "_sum_programs", "*fp32 *bf16 i32 i32", {"COLUMNS": 32, "ROWS": 128}),
@@ -94,15 +94,6 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("triton_embedding", "_look_up", "*i64 *bf16 *bf16 i32", {"WIDTH": 4096, "BLOCK": 4096}),
     ("triton_embedding", "_add_rows", "*fp32 *i64 *bf16 i32", {"WIDTH": 4096, "BLOCK": 4096}),
     ("triton_fp8", "_transpose", "*u8 *u8 i32 i32", {}),
-    *(
-        (
-            "triton_norm",
-            "_forward",
-            f"*bf16 {branch} *bf16 *bf16 *bf16 *fp32 *i32 fp32",
-            {"WIDTH": 4096, "BLOCK": 4096},
-        )
-        for branch in ("*bf16", "None")
-    ),
 ]
 """Module, kernel, types of its arguments (None: the argument is absent), and its constants."""
 
