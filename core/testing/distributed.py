@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -24,6 +25,20 @@ IMPORTED_ONCE = ["torch._dynamo", "torch.distributed.fsdp", "core.training.train
 """What takes workers long to import, and starts no threads and nothing on a device."""
 
 
+def worker_context() -> SpawnContext | ForkServerContext:
+    """How processes for tests are started.
+
+    They are forked from a process that has done nothing but import `IMPORTED_ONCE`. On a machine
+    with GPUs they are spawned: CUDA cannot be used after a fork from a process that has touched it,
+    as an import may.
+    """
+    if torch.cuda.is_available():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_ONCE)
+    return context
+
+
 class WorkerError(RuntimeError):
     """A function failed in a worker; the message is the first failing rank's traceback."""
 
@@ -33,16 +48,9 @@ class WorkerPool:
 
     Workers are started when first needed and kept until `close`. A failure or time-out ends them
     all, so that a hung collective cannot spoil the next call, and the next call starts new ones.
-
-    Workers are forked from a process that has done nothing but import `IMPORTED_ONCE`. On a machine
-    with GPUs they are spawned: CUDA cannot be used after a fork from a process that has touched it,
-    as an import may.
     """
 
     def __init__(self) -> None:
-        cuda = torch.cuda.is_available()
-        self._context = mp.get_context("spawn") if cuda else mp.get_context("forkserver")
-        self._context.set_forkserver_preload(IMPORTED_ONCE)
         self._workers: list[tuple[BaseProcess, Connection]] = []
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._runs = 0
@@ -78,10 +86,9 @@ class WorkerPool:
         return self._collect(world_size, timeout)
 
     def _start(self) -> None:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(
-            target=_serve, args=(len(self._workers), theirs), daemon=True
-        )
+        context = worker_context()
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(len(self._workers), theirs), daemon=True)
         process.start()
         theirs.close()
         self._workers.append((process, ours))
