@@ -21,6 +21,8 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, yet not
     TCPStore,
 )
 
+from core.testing.packed import packed
+
 IMPORTED_ONCE = ["torch._dynamo", "torch.distributed.fsdp", "core.training.trainer", "pytest"]
 """What takes workers long to import, and starts no threads and nothing on a device."""
 
@@ -145,7 +147,7 @@ def _serve(rank: int, connection: Connection) -> None:
             answer = _run_task(rank, message)
         except BaseException:
             answer = (time.time(), traceback.format_exc())
-        connection.send_bytes(pickle.dumps(answer))
+        connection.send_bytes(packed(answer))
         sys.stdout.flush()
 
 
