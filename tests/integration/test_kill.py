@@ -17,8 +17,9 @@ from core.testing.launched_run import LaunchedRun
 SAVE_INTERVAL = 5
 OPTIONS = f"""
     --device cpu --precision.dtype fp32 --parallel.tp 2 --data.num-workers 0 --data.seq-length 16
-    --data.train corpus --train.global-batch-size 4 --train.eval-interval 15 --train.eval-steps 1
-    --train.save-interval {SAVE_INTERVAL} --model.num-layers 1 --model.hidden-size 24
+    --data.train corpus --train.global-batch-size 4 --train.micro-batch-size 2
+    --train.eval-interval 15 --train.eval-steps 1 --train.save-interval {SAVE_INTERVAL}
+    --model.num-layers 1 --model.hidden-size 24
     --model.vocab-size 257 --model.num-attention-heads 4 --model.num-query-groups 2
     --model.head-dim 6 --model.ffn-hidden-size 16 --model.hidden-dropout 0.1
 """.split()
@@ -73,7 +74,7 @@ def weights_and_states(save: Path, step: int) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("processes", "steps", "kills"),
-    [(2, 40, 2), pytest.param(4, 200, 30, marks=pytest.mark.full)],
+    [(2, 20, 2), pytest.param(4, 200, 30, marks=pytest.mark.full)],
 )
 def test_killed_at_random_moments(
     samples: Path, tmp_path: Path, processes: int, steps: int, kills: int
