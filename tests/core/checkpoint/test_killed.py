@@ -53,7 +53,8 @@ def save_on_and_on(root: Path, store: Path, rank: int, mode: str, said: Connecti
 
 
 def start(root: Path, store: Path, mode: str) -> list[tuple[BaseProcess, Connection]]:
-    context, found = worker_context(), []
+    context = worker_context()
+    found: list[tuple[BaseProcess, Connection]] = []
     for rank in range(WORLD):
         ours, theirs = context.Pipe(duplex=False)
         arguments = (root, store, rank, mode, theirs)
