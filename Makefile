@@ -2,6 +2,8 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that share the tests out, each with its own pool of workers.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -30,10 +32,10 @@ format: venv
 	$(BIN)/ruff format .
 
 test: venv
-	$(BIN)/python -m pytest -m "not full and not gpu and not multi_gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not full and not gpu and not multi_gpu"
 
 test-all: venv
-	$(BIN)/python -m pytest -m "not gpu and not multi_gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not multi_gpu"
 
 # Runs in the Python on the PATH: a GPU machine brings its own torch build.
 test-gpu:

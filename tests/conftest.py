@@ -10,6 +10,11 @@ from core.testing.distributed import WorkerPool
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# As the workers of the pool do: small tensors gain nothing from threads, which wait for each other,
+# spinning, while other processes want the cores.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[WorkerPool]:

@@ -5,7 +5,6 @@ These are the answers, up to and including what ends them. A template that puts 
 messages up to an answer is compared with that of the whole chat.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from core.data.documents import JSON_SUFFIXES, read_chunks
+from core.data.documents import JSON_SUFFIXES, json_object, read_chunks
 from core.data.samples import Array
 from core.errors import DataError
 
@@ -53,13 +52,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.strip():
                 continue
             place = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:  # malformed JSON, or not UTF-8
-                raise DataError(f"{place} is not a JSON object: {error}") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{place} holds {type(record).__name__}, not a JSON object")
-            yield place, record
+            yield place, json_object(line, place)
 
 
 def render(record: Mapping[str, Any], tokenizer: Any) -> Rendered:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from core.errors import DataError
 
@@ -105,13 +105,27 @@ def texts(chunk: Chunk, json_key: str) -> list[str]:
         ) from error
 
 
-def _text_of_line(line: bytes, place: str, json_key: str) -> str:
+def json_object(line: bytes, place: str) -> dict[str, Any]:
+    """The object of one line of JSON Lines.
+
+    Args:
+        line: its bytes.
+        place: file and line, for messages.
+
+    Raises:
+        DataError: there is none.
+    """
     try:
         record = json.loads(line)
     except ValueError as error:  # malformed JSON, or not UTF-8
         raise DataError(f"{place} is not a JSON object: {error}") from error
     if not isinstance(record, dict):
         raise DataError(f"{place} holds {type(record).__name__}, not a JSON object")
+    return record
+
+
+def _text_of_line(line: bytes, place: str, json_key: str) -> str:
+    record = json_object(line, place)
     if not isinstance(record.get(json_key), str):
         raise DataError(
             f"{place} has no text under {json_key!r}, only keys {', '.join(map(repr, record))}: "

@@ -5,11 +5,13 @@ No random state is saved: dropout masks are hashes of arguments (see `random.py`
 forward draws the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from core.spec import IdentityOp
 
 R = TypeVar("R")
 
@@ -35,6 +37,18 @@ def recompute_module(module: nn.Module, again: Recompute = recomputed) -> None:
         return again(forward, *args) if module.training else forward(*args)
 
     loose.forward, loose.recomputes = call, True
+
+
+def recompute_parts(
+    parts: Mapping[str, Sequence[nn.Module]], names: Sequence[str], again: Recompute = recomputed
+) -> None:
+    """`recompute_module` for the parts of a layer under each of `names`; one that is absent is
+    passed over.
+    """
+    for name in names:
+        for module in parts[name]:
+            if not isinstance(module, IdentityOp):
+                recompute_module(module, again)
 
 
 def is_recomputed(module: nn.Module) -> bool:

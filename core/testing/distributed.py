@@ -1,5 +1,5 @@
 """A warm pool of gloo worker processes: importing torch takes seconds, so tests start workers once
-and reuse them.
+and reuse them, and where workers can be forked it is imported once for all of them.
 """
 
 import pickle
@@ -9,7 +9,8 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -19,6 +20,25 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, yet not
     PrefixStore,
     TCPStore,
 )
+
+from core.testing.packed import packed
+
+IMPORTED_ONCE = ["torch._dynamo", "torch.distributed.fsdp", "core.training.trainer", "pytest"]
+"""What takes workers long to import, and starts no threads and nothing on a device."""
+
+
+def worker_context() -> SpawnContext | ForkServerContext:
+    """How processes for tests are started.
+
+    They are forked from a process that has done nothing but import `IMPORTED_ONCE`. On a machine
+    with GPUs they are spawned: CUDA cannot be used after a fork from a process that has touched it,
+    as an import may.
+    """
+    if torch.cuda.is_available():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_ONCE)
+    return context
 
 
 class WorkerError(RuntimeError):
@@ -33,7 +53,7 @@ class WorkerPool:
     """
 
     def __init__(self) -> None:
-        self._workers: list[tuple[SpawnProcess, Connection]] = []
+        self._workers: list[tuple[BaseProcess, Connection]] = []
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._runs = 0
 
@@ -68,10 +88,9 @@ class WorkerPool:
         return self._collect(world_size, timeout)
 
     def _start(self) -> None:
-        ours, theirs = mp.get_context("spawn").Pipe()
-        process = mp.get_context("spawn").Process(
-            target=_serve, args=(len(self._workers), theirs), daemon=True
-        )
+        context = worker_context()
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(len(self._workers), theirs), daemon=True)
         process.start()
         theirs.close()
         self._workers.append((process, ours))
@@ -128,7 +147,7 @@ def _serve(rank: int, connection: Connection) -> None:
             answer = _run_task(rank, message)
         except BaseException:
             answer = (time.time(), traceback.format_exc())
-        connection.send_bytes(pickle.dumps(answer))
+        connection.send_bytes(packed(answer))
         sys.stdout.flush()
 
 

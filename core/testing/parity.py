@@ -2,6 +2,7 @@
 compare.
 """
 
+import pickle
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from core.data_parallel.regions import DataParallel, Fragment
 from core.parallel.context import ParallelContext
 from core.parallel.sharding import DeclaredParameter
+from core.testing.packed import packed
 
 
 def assemble(parts: list[list[tuple[str, tuple[int, ...], Any, Tensor]]]) -> dict[str, Tensor]:
@@ -119,8 +121,8 @@ def everyone(mine: Any, ctx: ParallelContext) -> list[Any]:
     if ctx.world.size == 1:
         return [mine]
     found: list[Any] = [None] * ctx.world.size
-    dist.all_gather_object(found, mine)
-    return found
+    dist.all_gather_object(found, packed(mine))
+    return [pickle.loads(one) for one in found]
 
 
 def _sum_partial(parts: list[Any], ctx: ParallelContext) -> list[Any]:

@@ -25,6 +25,7 @@ from core.training.interrupts import StopRequest
 
 # torchrun orders failures by whole seconds: who fails because another did must come later.
 _AFTER_THE_CAUSE_SECONDS = 1.1
+_LOOK_EVERY_SECONDS = 1.0  # or more often, where patience is short
 _ANSWER_OF_THE_STORE = timedelta(seconds=10)
 _ANSWER_OF_A_RANK_SECONDS = 2.5
 # Longer: a rank that is alive, but busy in C code that lets no thread run, shall not cost a save.
@@ -197,7 +198,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         limits = [x for x in (self._patience.hang_seconds, self._patience.sigterm_seconds) if x]
-        while not self._done.wait(min([1.0, *(limit / 4 for limit in limits)])):
+        while not self._done.wait(min([_LOOK_EVERY_SECONDS, *(limit / 4 for limit in limits)])):
             status = self._look_at_signals() or self._look_at_time() or self._look_at_board()
             if status and not self._done.is_set():
                 self._leave(status)

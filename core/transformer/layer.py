@@ -15,7 +15,7 @@ from core.layers.dropout import BiasDropoutAdd
 from core.layers.forward_info import ForwardInfo
 from core.layers.norm import fork
 from core.parallel.placement import Placement
-from core.parallel.recompute import Recompute, recompute_module, recomputed
+from core.parallel.recompute import Recompute, recompute_parts, recomputed
 from core.spec import IDENTITY, IdentityOp, ModuleSpec, build_module
 
 
@@ -104,7 +104,7 @@ class TransformerLayer(nn.Module):
         """Recompute `core_attention`, `mlp` or `norm` in training instead of keeping their
         activations; `again` does it.
         """
-        chosen = {
+        parts = {
             "core_attention": [self.self_attention.core_attention],
             "mlp": [self.mlp],
             "norm": [
@@ -116,11 +116,8 @@ class TransformerLayer(nn.Module):
             ],
         }
         if self.has_cross_attention:
-            chosen["core_attention"].append(self.cross_attention.core_attention)
-        for name in names:
-            for module in chosen[name]:
-                if not isinstance(module, IdentityOp):
-                    recompute_module(module, again)
+            parts["core_attention"].append(self.cross_attention.core_attention)
+        recompute_parts(parts, names, again)
 
 
 def _normed(norm: nn.Module, branch: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -14,8 +14,8 @@ from core.layers.dropout import BiasDropoutAdd
 from core.layers.forward_info import ForwardInfo
 from core.layers.norm import fork
 from core.parallel.placement import Placement
-from core.parallel.recompute import Recompute, recompute_module, recomputed
-from core.spec import IdentityOp, ModuleSpec, build_module
+from core.parallel.recompute import Recompute, recompute_parts, recomputed
+from core.spec import ModuleSpec, build_module
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,9 @@ class ParallelResidualLayer(nn.Module):
         """Recompute `core_attention`, `mlp` or `norm` in training instead of keeping their
         activations; `again` does it.
         """
-        chosen = {
+        parts = {
             "core_attention": [self.self_attention.core_attention],
             "mlp": [self.mlp],
             "norm": [self.input_norm, self.pre_mlp_norm],
         }
-        for name in names:
-            for module in chosen[name]:
-                if not isinstance(module, IdentityOp):
-                    recompute_module(module, again)
+        recompute_parts(parts, names, again)

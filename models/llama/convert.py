@@ -6,7 +6,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from converters.decoders import build_decoder_model, decoder_logits, importer
 from converters.hf_config import (
@@ -28,15 +28,8 @@ from converters.rules import (
     architecture_of,
     has,
 )
-from core.config.transformer import (
-    TransformerConfig,
-    canonical,
-    validate_transformer,
-)
+from core.config.transformer import TransformerConfig, canonical, validate_transformer
 from core.errors import ConversionError
-
-if TYPE_CHECKING:
-    pass
 
 LLAMA, MISTRAL = "LlamaForCausalLM", "MistralForCausalLM"
 QWEN2, QWEN3 = "Qwen2ForCausalLM", "Qwen3ForCausalLM"

@@ -14,11 +14,12 @@ import pytest
 
 from core.testing.launched_run import LaunchedRun
 
-PROCESSES, SAVE_INTERVAL = 4, 5
+SAVE_INTERVAL = 5
 OPTIONS = f"""
     --device cpu --precision.dtype fp32 --parallel.tp 2 --data.num-workers 0 --data.seq-length 16
-    --data.train corpus --train.global-batch-size 4 --train.eval-interval 15 --train.eval-steps 1
-    --train.save-interval {SAVE_INTERVAL} --model.num-layers 1 --model.hidden-size 24
+    --data.train corpus --train.global-batch-size 4 --train.micro-batch-size 2
+    --train.eval-interval 15 --train.eval-steps 1 --train.save-interval {SAVE_INTERVAL}
+    --model.num-layers 1 --model.hidden-size 24
     --model.vocab-size 257 --model.num-attention-heads 4 --model.num-query-groups 2
     --model.head-dim 6 --model.ffn-hidden-size 16 --model.hidden-dropout 0.1
 """.split()
@@ -32,16 +33,17 @@ OF_TIME = (
 )
 
 
-def launched(folder: Path, save: str, steps: int, **more: Any) -> LaunchedRun:
+def launched(folder: Path, save: str, steps: int, *rendezvous: str, **more: Any) -> LaunchedRun:
     """A run in the folder of the samples."""
-    given = {"rendezvous": ("--standalone", "--nproc-per-node", str(PROCESSES)), **more}
-    return LaunchedRun(folder, folder / save, steps, OPTIONS, **given)
+    return LaunchedRun(folder, folder / save, steps, OPTIONS, rendezvous, **more)
 
 
-def kill_one(run: LaunchedRun, attempt: int, kills: int, rng: random.Random) -> bool:
+def kill_one(
+    run: LaunchedRun, processes: int, attempt: int, kills: int, rng: random.Random
+) -> bool:
     """Let an attempt begin to train, then kill one of its ranks; returns whether in mid-save."""
     before, _ = run.rows_written() if attempt else (0, 0)
-    run.until("all workers", lambda: len(run.workers(attempt)) == PROCESSES)
+    run.until("all workers", lambda: len(run.workers(attempt)) == processes)
     run.until("a metrics file", lambda: run.rows_written()[0] != before)
     first = run.rows_written()[1]
     # Six steps are kept for each kill to come: it falls into the next save at the latest.
@@ -54,7 +56,7 @@ def kill_one(run: LaunchedRun, attempt: int, kills: int, rng: random.Random) -> 
         time.sleep(rng.choice([0.0, rng.uniform(0.0, 0.02)]))
     else:
         time.sleep(rng.uniform(0.0, 0.05))
-    victim = run.workers(attempt)[rng.randrange(PROCESSES)]
+    victim = run.workers(attempt)[rng.randrange(processes)]
     saving = run.saving()
     os.kill(victim, signal.SIGKILL)
     return saving
@@ -71,18 +73,23 @@ def weights_and_states(save: Path, step: int) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("steps", "kills"), [(40, 3), pytest.param(200, 30, marks=pytest.mark.full)]
+    ("processes", "steps", "kills"),
+    [(2, 20, 2), pytest.param(4, 200, 30, marks=pytest.mark.full)],
 )
-def test_killed_at_random_moments(samples: Path, tmp_path: Path, steps: int, kills: int) -> None:
+def test_killed_at_random_moments(
+    samples: Path, tmp_path: Path, processes: int, steps: int, kills: int
+) -> None:
+    """At tp 2, with one replica or two; in turns in a step and in a save."""
     (tmp_path / "corpus.bin").symlink_to(samples / "corpus.bin")
     (tmp_path / "corpus.idx").symlink_to(samples / "corpus.idx")
-    with launched(tmp_path, "whole", steps) as whole:
+    alone = ("--standalone", "--nproc-per-node", str(processes))
+    with launched(tmp_path, "whole", steps, *alone) as whole:
         assert whole.process.wait(120) == 0, whole.log()
     rng = random.Random(steps)
     saving, pauses = [], []
-    with launched(tmp_path, "killed", steps, restarts=kills) as killed:
+    with launched(tmp_path, "killed", steps, *alone, restarts=kills) as killed:
         for attempt in range(kills):
-            saving.append(kill_one(killed, attempt, kills, rng))
+            saving.append(kill_one(killed, processes, attempt, kills, rng))
             died = time.monotonic()
             killed.until_restarted(attempt + 1)
             pauses.append(time.monotonic() - died)
@@ -111,8 +118,7 @@ def test_a_machine_whose_rank_was_killed_comes_back(samples: Path, tmp_path: Pat
     rendezvous: tuple[str, ...] = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "test")
     rendezvous += ("--rdzv-endpoint", f"localhost:{port}", "--nproc-per-node", "2")
     one, two = (
-        launched(tmp_path, "run", 60, restarts=3, rendezvous=rendezvous, node=node)
-        for node in range(2)
+        launched(tmp_path, "run", 60, *rendezvous, restarts=3, node=node) for node in range(2)
     )
     with one, two:
         one.until("a step", lambda: one.rows_written()[1] > 7)

@@ -296,7 +296,12 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layout_equals_one_process(pool: WorkerPool, layout: Layout) -> None:
-    _compare(pool, layout, [Case("rich", 0.2, label_smoothing=0.1), Case("plain")])
+    _compare(pool, layout, [Case("rich", 0.2, label_smoothing=0.1)])
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 4), Layout(2), Layout(2, 2, True)], ids=str)
+def test_plain_model_equals_one_process(pool: WorkerPool, layout: Layout) -> None:
+    _compare(pool, layout, [Case("plain")])
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from core.parallel.random import ZEROS, DropoutKey
 from core.parallel.sharding import Declaration, declare_parameter, declared_parameters, whole_copy
 from core.testing.distributed import WorkerPool
 from core.testing.hf_models import save_hf_model
-from core.testing.parity import assemble, assert_close
+from core.testing.parity import assemble, assert_close, everyone
 from core.testing.tiny_task import TinyConfig, TinyTask, tiny_run
 from core.training.trainer import DTYPES, Trainer
 from models.llama.model import build_llama
@@ -179,11 +179,7 @@ class Run:
         return self.whole(mine)
 
     def whole(self, mine: list[Any]) -> dict[str, Tensor]:
-        everyone = [mine]
-        if self.ctx.world.size > 1:
-            everyone = [[] for _ in range(self.ctx.world.size)]
-            dist.all_gather_object(everyone, mine)
-        return assemble(everyone)
+        return assemble(everyone(mine, self.ctx))
 
     def outcome(self) -> Outcome:
         gradients = self.gradients()
@@ -450,9 +446,7 @@ def _state(trainer: Trainer) -> dict[str, Tensor]:
             for name, d in state.parameters.items()
             for c in d.sharding.copies
         ]
-    everyone: list[Any] = [None] * ctx.world.size
-    dist.all_gather_object(everyone, mine)
-    return assemble(everyone)
+    return assemble(everyone(mine, ctx))
 
 
 def _leg(config: RunConfig[TransformerConfig]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -58,7 +58,7 @@ class Case:
     mode: Literal["zero1", "replicated"] = "zero1"
     clip: float = 0.0
     precision: PrecisionConfig = FP32
-    steps: int = 10
+    steps: int = 5
     overlap: bool = True
     frozen: str = ""
     """Part of the names of parameters that are not trained."""

@@ -19,8 +19,9 @@ from core.training.interrupts import StopRequest
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failure, "_AFTER_THE_CAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(failure, "_ANSWER_OF_A_RANK_SECONDS", 1.2)
-    monkeypatch.setattr(failure, "_ANSWER_AFTER_SIGTERM_SECONDS", 2.5)
+    monkeypatch.setattr(failure, "_LOOK_EVERY_SECONDS", 0.1)
+    monkeypatch.setattr(failure, "_ANSWER_OF_A_RANK_SECONDS", 0.5)
+    monkeypatch.setattr(failure, "_ANSWER_AFTER_SIGTERM_SECONDS", 1.0)
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_a_store_that_is_gone_ends_nothing() -> None:
     left: Queue[int] = Queue()
     dog = watchdog(SentenceHandler(board), left)
     dog.start()
-    time.sleep(1.5)
+    time.sleep(0.5)
     assert left.empty()
     dog.stop()
     assert board.post("broken") == (0, "broken")
@@ -204,7 +205,7 @@ def test_after_sigterm_nobody_waits_for_a_rank_that_is_dead(error_file: Path, de
             assert left.get(timeout=10.0) == 143
             assert "of SIGTERM, since rank 1 does not answer: the" in message(error_file)
         else:
-            time.sleep(5.0)
+            time.sleep(2.0)
             assert left.empty()
         dog.stop()
     other.stop()
