@@ -1,7 +1,9 @@
 """The files of a checkpoint, read as blocks that are compared with their checksums."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
 
@@ -11,6 +13,9 @@ from torch import Tensor
 
 from core.checkpoint.index import Index
 from core.errors import DamagedCheckpointError
+
+_PIECE = 1 << 20
+"""Bytes that are read at a time, and checked while they are in the processor's cache."""
 
 _NOWHERE: Mapping[int, Tensor] = MappingProxyType({})
 
@@ -62,43 +67,59 @@ class CheckedBlocks:
             use(*self._view(name, due.pop(0)))
         if not due:
             return
-        with ThreadPoolExecutor(1, "blocks") as thread:
-            coming = thread.submit(self._fetch, name, due[0], into.get(due[0]))
+        # One open file for all blocks: while a part of it is checked, the system reads ahead.
+        with self._open(name) as file, ThreadPoolExecutor(1, "blocks") as thread:
+            coming = thread.submit(self._fetch, name, due[0], into.get(due[0]), file)
             for place, number in enumerate(due, 1):
                 coming.result()
                 if number not in into:
                     self._ready, self._spare = self._spare, self._ready
                     self._last = (name, number)
                 if place < len(due):
-                    coming = thread.submit(self._fetch, name, due[place], into.get(due[place]))
+                    following = due[place]
+                    coming = thread.submit(self._fetch, name, following, into.get(following), file)
                 if number not in into:
                     use(*self._view(name, number))
+
+    def _open(self, name: str) -> FileIO:
+        with self._readable(name):
+            return FileIO(self._directory / name)
 
     def _view(self, name: str, number: int) -> tuple[int, Tensor]:
         start = number * self._index.block_size
         return start, self._ready[: self._index.files[name].size - start]
 
-    def _fetch(self, name: str, number: int, into: Tensor | None) -> None:
+    def _fetch(self, name: str, number: int, into: Tensor | None, file: FileIO) -> None:
         """Read a block into the memory given, or the spare one, and compare it."""
-        path, record, size = self._directory / name, self._index.files[name], len(self._spare)
+        record, size = self._index.files[name], len(self._spare)
         start, stop = number * size, min((number + 1) * size, record.size)
         target = self._spare[: stop - start] if into is None else into
-        memory, intact = target.numpy().data, False
+        memory, checksum, intact = target.numpy().data, 0, False
         try:
-            with path.open("rb") as file:
+            with self._readable(name):
                 file.seek(start)
-                count = file.readinto(memory)
-            intact = count == len(memory) and crc32(memory) == record.crc32[number]
-        except OSError as error:
-            raise DamagedCheckpointError(
-                f"{path} cannot be read ({error.strerror}): restore the file or use another "
-                "checkpoint"
-            ) from error
+                for at in range(0, len(memory), _PIECE):
+                    piece = memory[at : at + _PIECE]
+                    if file.readinto(piece) != len(piece):
+                        break
+                    checksum = crc32(piece, checksum)
+                else:
+                    intact = checksum == record.crc32[number]
         finally:
             if not intact:
                 target.zero_()
         if not intact:
             raise DamagedCheckpointError(
-                f"{path} is damaged: bytes {start} to {stop} do not match their checksum: "
-                "restore the file or use another checkpoint"
+                f"{self._directory / name} is damaged: bytes {start} to {stop} do not match their "
+                "checksum: restore the file or use another checkpoint"
             )
+
+    @contextmanager
+    def _readable(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DamagedCheckpointError(
+                f"{self._directory / name} cannot be read ({error.strerror}): restore the file or "
+                "use another checkpoint"
+            ) from error

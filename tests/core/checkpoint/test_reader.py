@@ -3,6 +3,7 @@ import random
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,9 +92,9 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     fetch = CheckedBlocks._fetch
 
-    def noted(self: CheckedBlocks, name: str, number: int, into: Tensor | None) -> None:
+    def noted(self: CheckedBlocks, name: str, number: int, *where: Any) -> None:
         found.append((name, number))
-        fetch(self, name, number, into)
+        fetch(self, name, number, *where)
 
     monkeypatch.setattr(CheckedBlocks, "_fetch", noted)
     return found
@@ -198,10 +199,10 @@ def placed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     fetch = CheckedBlocks._fetch
 
-    def noted(self: CheckedBlocks, name: str, number: int, into: Tensor | None) -> None:
-        if into is not None:
+    def noted(self: CheckedBlocks, name: str, number: int, *where: Any) -> None:
+        if where[0] is not None:
             found.append(number)
-        fetch(self, name, number, into)
+        fetch(self, name, number, *where)
 
     monkeypatch.setattr(CheckedBlocks, "_fetch", noted)
     return found
