@@ -2,7 +2,9 @@
 
 `python benchmarks/checkpoint_io.py FOLDER` starts processes that hold a state together, most of it
 cut like a sharded optimizer and a part replicated like parameters, and prints a table. Files are
-flushed when they count as written, and dropped from the page cache before they are read.
+flushed when they count as written, and dropped from the page cache before they are read. Of two
+checkpoints saved one after the other, dd reads one and a load the other, in turns: some disks keep
+what was read last in memory of their own, and some read zeros faster than numbers.
 """
 
 import os
@@ -49,8 +51,8 @@ class Work:
     """Tensors that it consists of."""
     asynchronous: bool = False
     """Save in the background, from a copy in memory: needs that much memory more."""
-    repeats: int = 3
-    """Saves and loads."""
+    repeats: int = 4
+    """Rounds of two saves, a load and a read by dd."""
 
     @property
     def size(self) -> int:
@@ -103,7 +105,7 @@ def measure(work: Work, folder: Path) -> dict[str, list[float]]:
         saved.tensor.view(torch.int32).random_()
     expected = [saved.tensor[-1].view(torch.int32).clone() for saved in tensors]
     run = folder / "run"
-    saver = CheckpointSaver(run, tensors, ctx, keep_last=1, asynchronous=work.asynchronous)
+    saver = CheckpointSaver(run, tensors, ctx, keep_last=2, asynchronous=work.asynchronous)
     saver.prepare()
     seconds: dict[str, list[float]] = {}
 
@@ -113,8 +115,7 @@ def measure(work: Work, folder: Path) -> dict[str, list[float]]:
     def on_first_rank(action: Callable[[], object]) -> Callable[[], object]:
         return action if ctx.world.rank == 0 else lambda: None
 
-    for step in range(1, work.repeats + 1):
-        take("dd write", on_first_rank(lambda: dd(folder / "dd", work.size, write=True)))
+    def save(step: int) -> None:
         begin = time.perf_counter()
         if work.asynchronous:
             take("copy", partial(saver.save, step, {}))
@@ -122,28 +123,44 @@ def measure(work: Work, folder: Path) -> dict[str, list[float]]:
             saver.save(step, {})
         saver.wait()
         seconds.setdefault("save", []).append(time.perf_counter() - begin)
+
+    def load(step: int) -> None:
         for saved in tensors:
             saved.tensor.zero_()
-        take("dd read", on_first_rank(lambda: dd(folder / "dd", work.size, write=False)))
-        on_first_rank(lambda: (folder / "dd").unlink())()
-        drop_cache(run)
+        on_first_rank(lambda: drop_cache(run))()
         reader = CheckpointReader(run / step_name(step))
         take("load", partial(reader.load, tensors))
         for saved, row in zip(tensors, expected, strict=True):
             if not torch.equal(saved.tensor[-1].view(torch.int32), row):
                 raise ValueError(f"{saved.name} came back changed")
+
+    def read(step: int) -> None:
+        on_first_rank(lambda: drop_cache(run))()
+        take("dd read", on_first_rank(lambda: read_by_dd(run / step_name(step))))
+
+    for number in range(work.repeats):
+        take("dd write", on_first_rank(lambda: write_by_dd(folder / "dd", work.size)))
+        on_first_rank(lambda: (folder / "dd").unlink())()
+        first, second = 2 * number + 1, 2 * number + 2
+        save(first)
+        save(second)
+        for action in (load, read) if number % 2 else (read, load):
+            action(first if action is load else second)
     saver.close()
     return seconds
 
 
-def dd(file: Path, size: int, *, write: bool) -> None:
-    """Write zeros, or read."""
-    if write:
-        what = ["if=/dev/zero", f"of={file}", f"count={size >> 24}", "conv=fsync"]
-    else:
-        drop_cache(file.parent)
-        what = [f"if={file}", "of=/dev/null"]
+def write_by_dd(file: Path, size: int) -> None:
+    """Write zeros."""
+    what = ["if=/dev/zero", f"of={file}", f"count={size >> 24}", "conv=fsync"]
     subprocess.run(["dd", "bs=16M", *what], check=True, capture_output=True)
+
+
+def read_by_dd(folder: Path) -> None:
+    """Read the files of a checkpoint, one after another."""
+    for file in sorted(folder.glob("*.safetensors")):
+        what = [f"if={file}", "of=/dev/null"]
+        subprocess.run(["dd", "bs=16M", *what], check=True, capture_output=True)
 
 
 @contextmanager
