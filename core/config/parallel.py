@@ -5,7 +5,7 @@ from typing import Literal
 
 from core.errors import ConfigError
 
-TpOverlap = Literal["none", "chunked", "symmetric_memory"]
+TpOverlap = Literal["none", "symmetric_memory"]
 RECOMPUTE_MODULES = ("core_attention", "mlp", "norm")
 
 
@@ -52,9 +52,9 @@ class ParallelConfig:
     2022); needs tp > 1."""
     tp_overlap: TpOverlap = "none"
     """sequence_parallel: how to hide the gather before a product and the sum after it. none: not,
-    other than behind weight gradients; chunked: multiply one rank's part of the sequence while the
-    next is on its way; symmetric_memory: likewise, by torch's fused operations on GPUs that reach
-    each other's memory, in bf16 and without the multicast of NVLink."""
+    other than behind weight gradients; symmetric_memory: one rank's part of the sequence is
+    multiplied while the next is on its way, by torch's fused operations on GPUs that reach each
+    other's memory, in bf16 and without the multicast of NVLink."""
     data_parallel: Literal["zero1", "fsdp2", "replicated"] = "zero1"
     """What data-parallel ranks share out. zero1: optimizer state (Rajbhandari et al., "ZeRO",
     2020); fsdp2: fp32 parameters and gradients too (torch's `fully_shard`), which takes the least

@@ -159,7 +159,7 @@ def validate_fp8(
     if parallel.tp_overlap == "symmetric_memory":
         raise ConfigError(
             "--parallel.tp-overlap symmetric_memory is not built for --precision.fp8 "
-            f"{config.fp8}: use chunked, or leave one of the two out"
+            f"{config.fp8}: leave one of the two out"
         )
     tp = parallel.tp
     heads = model.num_attention_heads // tp

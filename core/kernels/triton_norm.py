@@ -201,7 +201,8 @@ def _stages(x: Tensor, rows: TokenRows, launch: Launch) -> int:
     """As many as shared memory has room for: all but one token wait there, with three rows each."""
     if not x.is_cuda:
         return launch.stages
-    room = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin - 4096
+    properties: Any = torch.cuda.get_device_properties(x.device)
+    room = properties.shared_memory_per_block_optin - 4096
     block = triton.next_power_of_2(rows.heads) * triton.next_power_of_2(rows.width)
     return min(launch.stages, 1 + room // (3 * block * x.element_size()))
 

@@ -144,8 +144,7 @@ class _Linear(torch.autograd.Function):
 
 def _prepared(plan: Plan, weight: nn.Parameter, bias: Tensor | None, *, gradient: bool) -> Product:
     made = plan.products.weight(weight, plan.weight, plan.axis)
-    width = weight.shape[1 if gradient else 0]
-    return Product(plan.products, made, gradient, width, weight.dtype, bias)
+    return Product(plan.products, made, gradient, bias)
 
 
 def _later(plan: Plan, weight: nn.Parameter, dy: Factor, x: Factor) -> Callable[[], None]:

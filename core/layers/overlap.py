@@ -7,7 +7,6 @@ Legend: t tokens of the whole sequence, n and m the widths of a product's input 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,8 +15,6 @@ from core.layers.products import Factor, Products
 from core.parallel.collectives import (
     reduce_scatter_first,
     start_all_gather_first,
-    start_broadcasts_first,
-    start_reduce,
     wait,
 )
 from core.parallel.context import Axis
@@ -31,10 +28,6 @@ class Product:
     weight: Any
     """As `Products.weight` prepared it."""
     gradient: bool
-    width: int
-    """m."""
-    dtype: torch.dtype
-    """Of the result."""
     bias: Tensor | None = None
 
     @property
@@ -43,11 +36,11 @@ class Product:
         weight: Tensor = self.weight
         return weight if self.gradient else weight.t()
 
-    def __call__(self, x: Factor, out: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Factor) -> Tensor:
         """`[t, n]` to `[t, m]`."""
         if self.gradient:
-            return self.products.input_gradient(x, self.weight, out)
-        return self.products.output(x, self.weight, self.bias, out)
+            return self.products.input_gradient(x, self.weight)
+        return self.products.output(x, self.weight, self.bias)
 
 
 class Overlap(Protocol):
@@ -73,40 +66,6 @@ class OneAfterTheOther:
     def scattered(self, x: Factor, product: Product, axis: Axis) -> Tensor:
         """See `Overlap`."""
         return reduce_scatter_first(product(x), axis)
-
-
-class Chunked:
-    """In pieces, each the part of one rank: while a piece is multiplied, the next one is on its way
-    from its owner (broadcast), or the last one to it (reduce).
-
-    A rank multiplies its own part while the first piece comes. Pieces are neighbouring rows, so
-    that the GEMMs write where the result belongs.
-    """
-
-    def of_gathered(self, part: Factor, product: Product, axis: Axis) -> tuple[Tensor, Factor]:
-        """See `Overlap`."""
-        started = [start_broadcasts_first(x, axis) for x in part.by_token]
-        whole = Factor(tuple(x for x, _ in started), part.shared)
-        y = _empty(product, whole)
-        for rank in sorted(range(axis.size), key=lambda rank: rank != axis.rank):
-            for _, works in started:
-                if rank != axis.rank:
-                    wait(works[rank])
-            product(_piece(whole, rank, axis), _rows(y, rank, axis))
-        for _, works in started:
-            wait(works[axis.rank])
-        return y, whole
-
-    def scattered(self, x: Factor, product: Product, axis: Axis) -> Tensor:
-        """See `Overlap`."""
-        y, works = _empty(product, x), []
-        for rank in range(axis.size):
-            piece = product(_piece(x, rank, axis), _rows(y, rank, axis))
-            works.append(start_reduce(piece, rank, axis))
-        for work in works:
-            wait(work)
-        # A copy, or the other parts would stay in memory.
-        return _rows(y, axis.rank, axis).clone()
 
 
 class SymmetricMemory:
@@ -144,7 +103,6 @@ def _name(axis: Axis) -> str:
 
 OVERLAPS: dict[TpOverlap, Overlap] = {
     "none": OneAfterTheOther(),
-    "chunked": Chunked(),
     "symmetric_memory": SymmetricMemory(),
 }
 
@@ -161,16 +119,3 @@ def gather(part: Factor, axis: Axis) -> Factor:
     for work in works:
         wait(work)
     return whole
-
-
-def _empty(product: Product, x: Factor) -> Tensor:
-    tokens = x.by_token[0]
-    return torch.empty(tokens.shape[0], product.width, dtype=product.dtype, device=tokens.device)
-
-
-def _rows(x: Tensor, rank: int, axis: Axis) -> Tensor:
-    return x.chunk(axis.size)[rank]
-
-
-def _piece(x: Factor, rank: int, axis: Axis) -> Factor:
-    return Factor(tuple(_rows(tensor, rank, axis) for tensor in x.by_token), x.shared)

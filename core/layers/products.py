@@ -79,13 +79,11 @@ class Products(Protocol):
     def weight(self, weight: nn.Parameter, cut: Cut, axis: Axis) -> Any:
         """Prepare this rank's part of a weight `[o, i]`, for `output` and `input_gradient`."""
 
-    def output(
-        self, x: Factor, weight: Any, bias: Tensor | None, out: Tensor | None = None
-    ) -> Tensor:
-        """`x W^T + b` `[t, o]`, put into `out` if it is given."""
+    def output(self, x: Factor, weight: Any, bias: Tensor | None) -> Tensor:
+        """`x W^T + b` `[t, o]`."""
 
-    def input_gradient(self, dy: Factor, weight: Any, out: Tensor | None = None) -> Tensor:
-        """`dy W` `[t, i]`, put into `out` if it is given."""
+    def input_gradient(self, dy: Factor, weight: Any) -> Tensor:
+        """`dy W` `[t, i]`."""
 
     def weight_gradient(self, weight: nn.Parameter, dy: Factor, x: Factor) -> Tensor | None:
         """Add `dy^T x` to the gradient of the weight; see `accumulate_product`."""
@@ -108,21 +106,15 @@ class PlainProducts:
         """The weight itself."""
         return weight
 
-    def output(
-        self, x: Factor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None
-    ) -> Tensor:
+    def output(self, x: Factor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `Products`."""
         (rows,) = x.by_token
-        if out is None:
-            return F.linear(rows, weight, bias)
-        if bias is None:
-            return torch.mm(rows, weight.t(), out=out)
-        return torch.addmm(bias, rows, weight.t(), out=out)
+        return F.linear(rows, weight, bias)
 
-    def input_gradient(self, dy: Factor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    def input_gradient(self, dy: Factor, weight: Tensor) -> Tensor:
         """See `Products`."""
         (rows,) = dy.by_token
-        return torch.mm(rows, weight, out=out)
+        return torch.mm(rows, weight)
 
     def weight_gradient(self, weight: nn.Parameter, dy: Factor, x: Factor) -> Tensor | None:
         """See `Products`."""
@@ -216,16 +208,14 @@ class Fp8Products:
 
         return derived(weight, make)
 
-    def output(
-        self, x: Factor, weight: Fp8Weight, bias: Tensor | None, out: Tensor | None = None
-    ) -> Tensor:
+    def output(self, x: Factor, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
         """See `Products`."""
         rows = _matrix(x)
-        return scaled_product(rows, weight.rows, weight.dtype, bias=bias, fast=True, out=out)
+        return scaled_product(rows, weight.rows, weight.dtype, bias=bias, fast=True)
 
-    def input_gradient(self, dy: Factor, weight: Fp8Weight, out: Tensor | None = None) -> Tensor:
+    def input_gradient(self, dy: Factor, weight: Fp8Weight) -> Tensor:
         """See `Products`."""
-        return scaled_product(_matrix(dy), weight.flipped, weight.dtype, out=out)
+        return scaled_product(_matrix(dy), weight.flipped, weight.dtype)
 
     def weight_gradient(self, weight: nn.Parameter, dy: Factor, x: Factor) -> Tensor | None:
         """See `Products`."""

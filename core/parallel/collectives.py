@@ -56,27 +56,6 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
-def start_broadcasts_first(x: Tensor, axis: Axis) -> tuple[Tensor, list[dist.Work | None]]:
-    """`all_gather_first` of the ranks of an axis of several one by one: the part of a rank may be
-    read after its work, and this rank's at once.
-    """
-    out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    parts = out.chunk(axis.size)
-    parts[axis.rank].copy_(x)
-    works = [
-        dist.broadcast(_bytes(part), src=rank, group=axis.group, async_op=True)
-        for part, rank in zip(parts, axis.ranks, strict=True)
-    ]
-    return out, works
-
-
-def start_reduce(x: Tensor, rank: int, axis: Axis) -> dist.Work | None:
-    """Sum of `x` over an axis of several ranks, in place on one of them, given by its position.
-    What the others have is not specified then.
-    """
-    return dist.reduce(x, dst=axis.ranks[rank], group=axis.group, async_op=True)
-
-
 def start_reduce_scatter_first(x: Tensor, axis: Axis) -> tuple[Tensor, dist.Work | None]:
     """`reduce_scatter_first` on the communicator's own stream: read the result after `wait`."""
     if axis.group is None:

@@ -207,7 +207,7 @@ def _check_overlap(config: ParallelConfig, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise ConfigError(
-            f"--parallel.tp-overlap symmetric_memory needs GPUs, not {device.type}: use chunked"
+            f"--parallel.tp-overlap symmetric_memory needs GPUs, not {device.type}: leave it out"
         )
     if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") != "1":
         raise ConfigError(

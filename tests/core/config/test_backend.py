@@ -54,8 +54,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "_engine_communicates_by_itself",
-        {"parallel": ParallelConfig(tp=2, sequence_parallel=True, tp_overlap="chunked")},
-        "--parallel.tp-overlap chunked does nothing with --backend transformer_engine",
+        {"parallel": ParallelConfig(tp=2, sequence_parallel=True, tp_overlap="symmetric_memory")},
+        "--parallel.tp-overlap symmetric_memory does nothing with --backend transformer_engine",
     ),
 ]
 

@@ -27,8 +27,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "_tp_overlap_has_something_to_hide",
-        {"tp": 2, "tp_overlap": "chunked"},
-        "--parallel.tp-overlap chunked does nothing without --parallel.sequence-parallel",
+        {"tp": 2, "tp_overlap": "symmetric_memory"},
+        "--parallel.tp-overlap symmetric_memory does nothing without --parallel.sequence-parallel",
     ),
     (
         "_fsdp2_has_one_stage",

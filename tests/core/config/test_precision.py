@@ -155,5 +155,5 @@ def test_what_fp8_cannot_multiply(
 
 def test_what_fp8_can_multiply() -> None:
     config = PrecisionConfig(fp8="current", fp8_bf16_first_layers=1, fp8_bf16_last_layers=1)
-    parallel = ParallelConfig(tp=2, sequence_parallel=True, tp_overlap="chunked")
+    parallel = ParallelConfig(tp=2, sequence_parallel=True)
     validate_fp8(config, MODEL, parallel, 64)

@@ -1,5 +1,5 @@
-"""Whatever is hidden under the products of sequence-parallel layers, they compute what one process
-computes, in fp64."""
+"""Products of sequence-parallel layers, with the communication before and after them, are those of
+one process, in fp64. (What overlaps them needs GPUs: `tests/gpu/test_overlap_on_gpu.py`.)"""
 
 from typing import get_args
 
@@ -52,18 +52,15 @@ def _run(ctx: ParallelContext) -> dict[str, dict[str, Tensor]]:
     return {name: run_case(case, ctx) for name, case in _cases(place).items()}
 
 
-def _run_rank(tp: int, overlap: TpOverlap) -> dict[str, dict[str, Tensor]]:
-    config = ParallelConfig(tp=tp, sequence_parallel=True, tp_overlap=overlap)
+def _run_rank(tp: int) -> dict[str, dict[str, Tensor]]:
+    config = ParallelConfig(tp=tp, sequence_parallel=True)
     return _run(ParallelContext.create(config, CPU))
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize("overlap", ["chunked"])
-def test_overlapped_products_are_those_of_one_process(
-    pool: WorkerPool, overlap: TpOverlap, tp: int
-) -> None:
+def test_products_are_those_of_one_process(pool: WorkerPool, tp: int) -> None:
     expected = _run(ParallelContext.single())
-    for actual in pool.run(_run_rank, tp, tp, overlap):
+    for actual in pool.run(_run_rank, tp, tp):
         for name, results in expected.items():
             for what, tensor in results.items():
                 assert_close(actual[name][what], tensor, 1e-12, f"{name}: {what}")
