@@ -76,7 +76,7 @@ def _model_can_be_cut(config: RunConfig[TransformerConfig]) -> None:
 def _pipeline_can_be_cut(config: RunConfig[TransformerConfig]) -> None:
     parts = language_model_parts(config.model, config.data.seq_length)
     ranks = config.train.micro_batch_size * (config.parallel.dp or 1)
-    chosen_layout(parts, config.parallel, max(1, config.train.global_batch_size // ranks))
+    chosen_layout(parts, config.parallel, config.train.global_batch_size // ranks)
 
 
 def _attention_has_a_kernel(config: RunConfig[TransformerConfig]) -> None:

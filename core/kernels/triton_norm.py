@@ -55,7 +55,6 @@ def _forward(
     total: tl.tensor,
     normed: tl.tensor,
     statistics: tl.tensor,
-    maxima: tl.tensor,
     EPS: tl.constexpr,
     STRIDE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -63,7 +62,9 @@ def _forward(
     HEAD_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program: the heads of one token. Without a bias it is RMS norm."""
+    """One program: the heads of one token. Without a bias it is RMS norm. Behind the statistics of
+    all tokens come their largest magnitudes.
+    """
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEAD_BLOCK)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
@@ -94,7 +95,8 @@ def _forward(
         y = x * root * scale + tl.load(bias + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
     rounded = y.to(form)
     tl.store(normed + own, rounded, mask=inside)
-    tl.store(maxima + row, largest_bits(rounded, inside))
+    maxima = statistics + tl.num_programs(0).to(tl.int64) * HEADS * (1 if bias is None else 2)
+    tl.store(maxima + row, largest_bits(rounded, inside).to(tl.float32, bitcast=True))
 
 
 @jit
@@ -232,11 +234,9 @@ def forward(
     normed = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     total = hidden if branch is None else torch.empty_like(hidden)
     kinds = 1 if bias is None else 2
-    statistics = torch.empty(
-        (rows.tokens, rows.heads, kinds), dtype=torch.float32, device=hidden.device
-    )
+    count = rows.tokens * rows.heads * kinds
+    numbers = torch.empty(count + rows.tokens, dtype=torch.float32, device=hidden.device)
     if rows.tokens:
-        maxima = torch.empty((rows.tokens, 1), dtype=torch.int32, device=hidden.device)
         _forward[rows.tokens,](
             hidden,
             branch,
@@ -245,13 +245,13 @@ def forward(
             bias,
             total,
             normed,
-            statistics,
-            maxima,
+            numbers,
             eps,
             **_constants(rows),
             num_warps=_warps(rows, _ELEMENTS),
         )
-        remember(normed, maxima.view(torch.float32))
+        remember(normed, numbers[count:].view(-1, 1))
+    statistics = numbers[:count].view(rows.tokens, rows.heads, kinds)
     return total, normed, statistics
 
 

@@ -14,7 +14,7 @@ from core.pipeline.schedules import stage_map_for
 
 def chosen_layout(parts: Sequence[Part], config: ParallelConfig, microbatches: int) -> Layout:
     """Cut a model as `--parallel` says; without a layout string, so that a simulated step of so
-    many microbatches is short.
+    many microbatches (at least one) is short.
 
     Raises:
         ConfigError: the model cannot be cut so.
@@ -30,5 +30,5 @@ def chosen_layout(parts: Sequence[Part], config: ParallelConfig, microbatches: i
             config.schedule,
             stages=where.stages,
             chunks=where.chunks,
-            microbatches=microbatches,
+            microbatches=max(1, microbatches),
         )

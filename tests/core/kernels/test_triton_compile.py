@@ -49,9 +49,9 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     *(
         ("triton_norm", "_forward", types, {"EPS": 1e-5, **sizes})
         for types in (
-            "*bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *fp32 *i32",
-            "*bf16 *bf16 None *bf16 None *bf16 *bf16 *fp32 *i32",
-            "*fp32 None None *fp32 *fp32 *fp32 *fp32 *fp32 *i32",
+            "*bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *bf16 *fp32",
+            "*bf16 *bf16 None *bf16 None *bf16 *bf16 *fp32",
+            "*fp32 None None *fp32 *fp32 *fp32 *fp32 *fp32",
         )
         for sizes in (_norm_sizes(1, 4096), _norm_sizes(12, 64))
     ),
