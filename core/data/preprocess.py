@@ -183,6 +183,12 @@ def _encode_all(encoder: Encoder, chunks: Iterable[Chunk], workers: int) -> Iter
             f"one of {workers} tokenizing processes died, perhaps for want of memory: "
             "lower --workers"
         ) from error
+    except BaseException:
+        # A signal may have come in the midst of the pool's bookkeeping, and the pool would wait for
+        # its workers for ever: seen once.
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
