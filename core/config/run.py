@@ -17,7 +17,7 @@ from core.config.transformer import (
     validate_transformer,
 )
 from core.errors import ConfigError, about
-from core.pipeline.chosen import chosen_layout
+from core.pipeline.chosen import first_layout
 from core.pipeline.costs import language_model_parts
 
 ModelConfigT = TypeVar("ModelConfigT")
@@ -74,9 +74,7 @@ def _model_can_be_cut(config: RunConfig[TransformerConfig]) -> None:
 
 
 def _pipeline_can_be_cut(config: RunConfig[TransformerConfig]) -> None:
-    parts = language_model_parts(config.model, config.data.seq_length)
-    ranks = config.train.micro_batch_size * (config.parallel.dp or 1)
-    chosen_layout(parts, config.parallel, config.train.global_batch_size // ranks)
+    first_layout(language_model_parts(config.model, config.data.seq_length), config.parallel)
 
 
 def _attention_has_a_kernel(config: RunConfig[TransformerConfig]) -> None:

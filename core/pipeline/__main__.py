@@ -13,7 +13,7 @@ from core.errors import ConfigError
 from core.pipeline.costs import Part, Work
 from core.pipeline.draw import picture, text_timeline
 from core.pipeline.fastest import fastest
-from core.pipeline.layout import Layout, expand_layout, parse_layout
+from core.pipeline.layout import Layout, balanced, expand_layout, parse_layout
 from core.pipeline.schedules import SCHEDULES, make_schedule, stage_map_for
 from core.pipeline.simulate import Costs, Simulation, Timeline, bubble_of, simulate, span_of
 from core.pipeline.stage_map import StageMap
@@ -141,13 +141,7 @@ class Show:
             for letter in letters
         ]
         if self.layout is None:
-            return fastest(
-                parts,
-                self.schedule,
-                stages=where.stages,
-                chunks=where.chunks,
-                microbatches=self.microbatches,
-            )
+            return fastest(balanced(parts, where), self.schedule, self.microbatches)
         return parse_layout(self.layout, parts, where)
 
 

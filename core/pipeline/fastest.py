@@ -4,47 +4,32 @@ That the slowest stage is as fast as can be is not enough: where work ends late,
 early may well have more of it, and how much depends on the schedule.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
-
-from core.pipeline.costs import Part
-from core.pipeline.layout import Layout, balanced, moved
-from core.pipeline.schedules import Schedule, make_schedule, stage_map_for
+from core.pipeline.layout import Layout, moved
+from core.pipeline.schedules import Schedule, make_schedule
 from core.pipeline.simulate import Costs, simulate
 
 _EFFORT = 150_000
 """Actions that a search simulates at most: a few seconds."""
 
 
-def fastest(
-    parts: Sequence[Part], name: str, *, stages: int, chunks: int | None, microbatches: int
-) -> Layout:
-    """Cut a model for a schedule: from the balanced layout on, parts move between pieces as long as
-    the simulated step gets shorter. Messages take no time in it, and no piece stays empty.
+def fastest(start: Layout, name: str, microbatches: int) -> Layout:
+    """From a layout on, move parts between pieces as long as the simulated step gets shorter.
+    Messages take no time in it, and no piece is emptied.
 
     A search of neighbours, so perhaps not the best of all layouts; the same on every rank.
 
     Args:
-        parts: the model.
+        start: a layout, such as the balanced one.
         name: of the schedule.
-        stages: stages.
-        chunks: pieces per stage; by default the fewest that the schedule takes.
         microbatches: microbatches of a step.
 
     Raises:
-        ConfigError: fewer parts than pieces, or a schedule that cannot serve these sizes.
+        ConfigError: a schedule that cannot serve these sizes.
     """
-    return _search(tuple(parts), name, stages, chunks, microbatches)
-
-
-@lru_cache(maxsize=32)
-def _search(
-    parts: tuple[Part, ...], name: str, stages: int, chunks: int | None, microbatches: int
-) -> Layout:
-    best = balanced(parts, stage_map_for(name, stages, chunks))
+    best, where = start, start.stage_map
     # More microbatches lengthen a step by the slowest stage's work, whatever else it is like.
-    few = min(microbatches, 3 * stages)
-    schedule = make_schedule(name, stages=stages, microbatches=few, chunks=chunks)
+    few = min(microbatches, 3 * where.stages)
+    schedule = make_schedule(name, stages=where.stages, microbatches=few, chunks=where.chunks)
     left = _EFFORT // sum(map(len, schedule.actions))
     shortest, improved = _step_time(best, schedule, microbatches), True
     while improved:
