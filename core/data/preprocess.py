@@ -166,6 +166,7 @@ def _encode_all(encoder: Encoder, chunks: Iterable[Chunk], workers: int) -> Iter
     if workers == 0:
         yield from map(encoder, chunks)
         return
+    others = set(multiprocessing.active_children())
     # Spawned, not forked: a tokenizer's threads do not survive a fork.
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker
@@ -186,7 +187,7 @@ def _encode_all(encoder: Encoder, chunks: Iterable[Chunk], workers: int) -> Iter
     except BaseException:
         # A signal may have come in the midst of the pool's bookkeeping, and the pool would wait for
         # its workers for ever: seen once.
-        for child in multiprocessing.active_children():
+        for child in set(multiprocessing.active_children()) - others:
             child.terminate()
         raise
     finally:

@@ -84,7 +84,13 @@ class WorkerPool:
         task = (fn, args, world_size, f"run{self._runs}", self._store.port, timeout, device)
         message = pickle.dumps(task)
         for rank in range(world_size):
-            self._workers[rank][1].send_bytes(message)
+            try:
+                self._workers[rank][1].send_bytes(message)
+            except BrokenPipeError as error:
+                self.close()
+                raise WorkerError(
+                    f"rank {rank} of {world_size}: the process died before the call"
+                ) from error
         return self._collect(world_size, timeout)
 
     def _start(self) -> None:

@@ -1,5 +1,6 @@
 import gzip
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -109,14 +110,17 @@ def test_without_end_of_document(tmp_path: Path) -> None:
     assert data.dtype == np.uint16
 
 
+_CHUNKS = [Chunk("f", "text", 1, [b"x%d" % i], 1) for i in range(100)]
+
+
 def test_reading_ahead_is_bounded() -> None:
     taken = 0
 
     def chunks() -> Iterator[Chunk]:
         nonlocal taken
-        for i in range(100):
+        for chunk in _CHUNKS:
             taken += 1
-            yield Chunk("f", "text", 1, [b"x%d" % i], 1)
+            yield chunk
 
     encoded = _encode_all(Encoder("byte", "text", True), chunks(), 1)
     next(encoded)
@@ -127,6 +131,22 @@ def test_reading_ahead_is_bounded() -> None:
 def test_a_dead_worker_is_an_error() -> None:
     with pytest.raises(DataError, match="one of 1 tokenizing processes died"):
         list(_encode_all(os._exit, iter([3]), 1))  # type: ignore[arg-type]
+
+
+def test_an_error_ends_no_process_but_the_pool_s() -> None:
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    child.start()
+    try:
+        encoded = _encode_all(Encoder("byte", "text", True), _CHUNKS, 1)
+        next(encoded)
+        started = set(multiprocessing.active_children()) - {child}
+        with pytest.raises(KeyboardInterrupt):
+            encoded.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+        assert child.is_alive()
+        assert not any(process.is_alive() for process in started)
+    finally:
+        child.kill()
+        child.join()
 
 
 # Without the time: processes that share the tests out must know them by the same names.

@@ -32,3 +32,13 @@ def test_failure_names_rank_and_does_not_hang(pool: WorkerPool) -> None:
     assert "rank one says no" in str(caught.value)
     assert time.monotonic() - start < 60
     assert pool.run(_sum_of_ranks, 2, 1) == [1, 1]
+
+
+def test_a_worker_that_died_between_calls_is_named_and_replaced(pool: WorkerPool) -> None:
+    pool.run(_sum_of_ranks, 2, 1)
+    for process, _ in pool._workers[:2]:
+        process.kill()
+        process.join()
+    with pytest.raises(WorkerError, match="rank 0 of 2: the process died"):
+        pool.run(_sum_of_ranks, 2, 1)
+    assert pool.run(_sum_of_ranks, 2, 1) == [1, 1]
