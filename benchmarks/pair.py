@@ -98,6 +98,7 @@ def prepare(
     contestant = build(name, work, work.config(), device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # what making the weights took is not of the steps
+    contestant.token_losses()  # delayed scaling takes its scales from here: it begins with none
     tokens = contestant.token_losses()[:, :FIRST_TOKENS]
     timed.token_losses = tokens.flatten().tolist()
     with short_collections():

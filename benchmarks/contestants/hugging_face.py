@@ -1,6 +1,5 @@
-"""Hugging Face's model in a plain training loop, as fast as its parts allow: cuDNN's attention,
-fused AdamW, gradients added to fp32 buffers as soon as they are there, so that no bf16 sum is kept
-over microbatches.
+"""Hugging Face's model in two training loops: the one that its users run, and one as fast as the
+parts of the model allow.
 """
 
 from collections.abc import Callable
@@ -27,10 +26,18 @@ _ATTENTION = [
 
 
 class HuggingFace:
-    """bf16 parameters with fp32 masters beside them."""
+    """The loop that its users run: fp32 parameters under autocast to bf16, attention as it comes,
+    gradients added up by autograd, fused AdamW. Its Trainer does the same with `bf16=True`.
+    """
 
     def __init__(
-        self, work: Workload, config: TransformerConfig, device: torch.device, *, compiled: bool
+        self,
+        work: Workload,
+        config: TransformerConfig,
+        device: torch.device,
+        *,
+        compiled: bool,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Build from this project's initial weights.
 
@@ -38,29 +45,19 @@ class HuggingFace:
             work: shapes.
             config: architecture.
             device: where to run.
-            compiled: pass every layer, and the loss, through torch.compile.
+            compiled: pass the model through torch.compile.
+            dtype: of the parameters.
         """
         self._work, self._vocabulary, self._device = work, config.vocab_size, device
         self._number = 0
-        self.model = build_model(work.preset, config, device)
+        self.model = build_model(work.preset, config, device, dtype)
         if compiled:
-            for layer in _layers(self.model, config.num_layers):
-                layer.compile()
-            self.model.loss_function = torch.compile(self.model.loss_function)
-        self._parameters = list(self.model.parameters())
-        self._masters = tuple(nn.Parameter(p.detach().float()) for p in self._parameters)
-        self._gradients = [torch.zeros_like(master) for master in self._masters]
-        for parameter, master, total in zip(
-            self._parameters, self._masters, self._gradients, strict=True
-        ):
-            master.grad = total
-            parameter.register_post_accumulate_grad_hook(_adder(total))
-        matrices = [p for p in self._masters if p.dim() > 1]
-        vectors = [p for p in self._masters if p.dim() <= 1]
+            self._compile(config)
+        self._trained = self._parameters_to_train()
         self._optimizer = torch.optim.AdamW(
             [
-                {"params": matrices, "weight_decay": WEIGHT_DECAY},
-                {"params": vectors, "weight_decay": 0.0},
+                {"params": [p for p in self._trained if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
+                {"params": [p for p in self._trained if p.dim() <= 1], "weight_decay": 0.0},
             ],
             lr=LEARNING_RATE,
             betas=BETAS,
@@ -72,29 +69,39 @@ class HuggingFace:
         """Run the next step; returns its mean loss."""
         total = torch.zeros((), device=self._device)
         for i in range(self._work.microbatches):
-            with sdpa_kernel(_ATTENTION, set_priority=True):
-                loss = self._forward(*self._microbatch(i)).loss
-                loss.backward()
+            loss = self._forward(*self._microbatch(i)).loss
+            loss.backward()
             total += loss.detach()
-        nn.utils.clip_grad_norm_(self._masters, CLIP, foreach=True)
+        nn.utils.clip_grad_norm_(self._trained, CLIP)
         self._optimizer.step()
-        with torch.no_grad():
-            torch._foreach_copy_(self._parameters, self._masters)
-            torch._foreach_zero_(self._gradients)
+        self._after_update()
         self._number += 1
         return total
 
     def token_losses(self) -> Tensor:
         """Losses of the first microbatch."""
         inputs, labels = self._microbatch(0)
-        with sdpa_kernel(_ATTENTION, set_priority=True):
-            logits = self._forward(inputs, labels).logits.detach()
+        logits = self._forward(inputs, labels).logits.detach()
         losses = nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), reduction="none"
         )
         return losses.view_as(labels)
 
+    def _compile(self, config: TransformerConfig) -> None:
+        self.model.compile()
+
+    def _parameters_to_train(self) -> list[nn.Parameter]:
+        """What the optimizer updates."""
+        return list(self.model.parameters())
+
+    def _after_update(self) -> None:
+        self._optimizer.zero_grad()
+
     def _forward(self, inputs: Tensor, labels: Tensor) -> Any:
+        with torch.autocast(self._device.type, torch.bfloat16):
+            return self._model(inputs, labels)
+
+    def _model(self, inputs: Tensor, labels: Tensor) -> Any:
         return self.model(
             input_ids=inputs,
             labels=labels,
@@ -110,17 +117,62 @@ class HuggingFace:
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def build_model(preset: str, config: TransformerConfig, device: torch.device) -> Any:
-    """The model of transformers for an architecture, bf16, with this project's initial weights."""
+class TunedHuggingFace(HuggingFace):
+    """As fast as the parts of its model allow: bf16 parameters with fp32 masters beside them,
+    cuDNN's attention, layers and loss compiled one by one, gradients added to fp32 sums as soon as
+    they are there, so that no bf16 sum is kept over microbatches.
+    """
+
+    def __init__(self, work: Workload, config: TransformerConfig, device: torch.device) -> None:
+        """Build from this project's initial weights; arguments as of `HuggingFace`."""
+        super().__init__(work, config, device, compiled=True, dtype=torch.bfloat16)
+
+    def step(self) -> Tensor:
+        """Run the next step; returns its mean loss."""
+        with sdpa_kernel(_ATTENTION, set_priority=True):
+            return super().step()
+
+    def token_losses(self) -> Tensor:
+        """Losses of the first microbatch."""
+        with sdpa_kernel(_ATTENTION, set_priority=True):
+            return super().token_losses()
+
+    def _compile(self, config: TransformerConfig) -> None:
+        for layer in _layers(self.model, config.num_layers):
+            layer.compile()
+        self.model.loss_function = torch.compile(self.model.loss_function)
+
+    def _parameters_to_train(self) -> list[nn.Parameter]:
+        self._parameters = list(self.model.parameters())
+        masters = [nn.Parameter(p.detach().float()) for p in self._parameters]
+        self._gradients = [torch.zeros_like(master) for master in masters]
+        for parameter, master, total in zip(
+            self._parameters, masters, self._gradients, strict=True
+        ):
+            master.grad = total
+            parameter.register_post_accumulate_grad_hook(_adder(total))
+        return masters
+
+    def _after_update(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self._parameters, tuple(self._trained))
+            torch._foreach_zero_(self._gradients)
+
+    def _forward(self, inputs: Tensor, labels: Tensor) -> Any:
+        return self._model(inputs, labels)
+
+
+def build_model(
+    preset: str, config: TransformerConfig, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """The model of transformers for an architecture, with this project's initial weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family = conversion_of(preset)
     entries = family.to_hf(config, family.architectures[0])
     hf_config = AutoConfig.for_model(entries.pop("model_type"), **entries)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            hf_config, dtype=torch.bfloat16, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
     weights = initial_weights(family, config, device)
     parameters = dict(model.named_parameters())
     plan = make_plan(family, config, parameters)

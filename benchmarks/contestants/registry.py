@@ -2,8 +2,8 @@
 
 A contestant is an object with one method, `step`: forward and backward of a step's microbatches,
 clipping to a norm of 1, AdamW, and zeroed gradients. All read the token stream of
-`benchmarks.train_step.random_tokens` and start from the weights of `initial_weights`; parameters
-and activations are bf16, gradients, masters and moments fp32.
+`benchmarks.train_step.random_tokens` and start from the weights of `initial_weights`; products and
+activations are bf16; summed gradients, masters and moments fp32.
 """
 
 import dataclasses
@@ -51,8 +51,8 @@ class Entry:
 
     kind: Literal["ours", "hugging_face", "megatron"]
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """ours: values of `--backend` and `--precision.fp8`. hugging_face: `mode`, eager or
-    compile. megatron: `fp8`, a recipe in its own words, and `spec`, whose layers it is made of."""
+    """ours: values of `--backend` and `--precision.fp8`. hugging_face: `mode`, eager, compile or
+    tuned. megatron: `fp8`, a recipe in its own words, and `spec`, whose layers it is made of."""
 
     @property
     def fp8(self) -> bool:
@@ -70,6 +70,7 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
         "ours-te-fp8-current": Entry("ours", {"backend": "transformer_engine", "fp8": "current"}),
         "hf-eager": Entry("hugging_face", {"mode": "eager"}),
         "hf-compile": Entry("hugging_face", {"mode": "compile"}),
+        "hf-tuned": Entry("hugging_face", {"mode": "tuned"}),
         "megatron": Entry("megatron", {"spec": "transformer_engine"}),
         "megatron-fp8-delayed": Entry("megatron", {"spec": "transformer_engine", "fp8": "delayed"}),
         "megatron-fp8-current": Entry(
@@ -131,8 +132,10 @@ def build(
 
         return Ours(work, config, device, options)
     if chosen.kind == "hugging_face":
-        from benchmarks.contestants.hugging_face import HuggingFace
+        from benchmarks.contestants.hugging_face import HuggingFace, TunedHuggingFace
 
+        if options["mode"] == "tuned":
+            return TunedHuggingFace(work, config, device)
         return HuggingFace(work, config, device, compiled=options["mode"] == "compile")
     from benchmarks.contestants.megatron import Megatron
 

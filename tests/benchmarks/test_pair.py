@@ -42,6 +42,15 @@ def test_ours_and_hugging_face_compute_the_same_and_are_timed_in_turns(tmp_path:
     assert again.timed[0].losses == ours.losses
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["hf-compile", "hf-tuned"])
+def test_hugging_face_compiled_computes_the_same(name: str) -> None:
+    outcome = _run(dataclasses.replace(PAIR, contestants=("hf-eager", name), rounds=1))
+    assert not outcome.refused
+    eager, compiled = (timed.losses for timed in outcome.timed)
+    assert compiled == pytest.approx(eager, abs=2e-3)
+
+
 def test_exchanged_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def exchanged(*args: Any) -> dict[str, Tensor]:
         found = initial_weights(*args)
@@ -73,7 +82,7 @@ def test_losses_apart_are_refused() -> None:
 
 
 def test_contestants_are_known_by_name() -> None:
-    assert {unavailable(name) for name in ("ours", "hf-eager", "hf-compile")} == {None}
+    assert {unavailable(name) for name in ("ours", "hf-eager", "hf-compile", "hf-tuned")} == {None}
     assert all(isinstance(unavailable(name), str | None) for name in ENTRIES)
     with pytest.raises(ConfigError, match="perhaps you meant megatron"):
         entry("megatrn")
