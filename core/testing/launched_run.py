@@ -85,13 +85,17 @@ class LaunchedRun:
                     found.update({int(values["RANK"]): int(child)} if "RANK" in values else {})
         return found
 
-    def until(self, what: str, condition: Callable[[], bool], seconds: float = 90) -> None:
-        """Wait for a condition; fails if the run ends first, or after so many seconds."""
+    def until(
+        self, what: str, condition: Callable[[], bool], seconds: float = 90, every: float = 0.02
+    ) -> None:
+        """Wait for a condition; fails if the run ends first, or after so many seconds. It is asked
+        for `every` so many: more often takes a core from the processes that are waited for.
+        """
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, f"the run ended before {what}\n{self.log()}"
             assert time.monotonic() < deadline, f"no {what}\n{self.log()}"
-            time.sleep(0.001)
+            time.sleep(every)
 
     def until_restarted(self, attempt: int) -> None:
         """Wait for the workers of an attempt."""

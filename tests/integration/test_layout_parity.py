@@ -186,9 +186,8 @@ def _randomized(parameters: dict[str, DeclaredParameter]) -> dict[str, DeclaredP
 
 
 class _Run:
-    def __init__(self, case: Case, layout: Layout) -> None:
-        self.case = case
-        self.ctx = ctx = ParallelContext.create(layout.config, torch.device("cpu"))
+    def __init__(self, case: Case, layout: Layout, ctx: ParallelContext) -> None:
+        self.case, self.ctx = case, ctx
         assert (ctx.tp.size, ctx.dp.size, ctx.pp.size) == (layout.tp, layout.dp, layout.pp)
         self.microbatches = layout.microbatches
         self.size = GLOBAL_BATCH // (layout.dp * layout.microbatches)
@@ -251,14 +250,20 @@ class _Run:
         return Outcome(losses, gradients, gather_whole(self.parameters, self.ctx, values), norms)
 
 
+def _context(layout: Layout) -> ParallelContext:
+    return ParallelContext.create(layout.config, torch.device("cpu"))
+
+
 def _worker(cases: list[Case], layout: Layout) -> list[Outcome] | None:
-    outcomes = [_Run(case, layout).outcome() for case in cases]
+    ctx = _context(layout)  # one for all: groups stay until the call ends, each with its threads
+    outcomes = [_Run(case, layout, ctx).outcome() for case in cases]
     return outcomes if torch.distributed.get_rank() == 0 else None
 
 
 @lru_cache(maxsize=64)
 def _reference(case: Case) -> Outcome:
-    return _Run(dataclasses.replace(case, recompute=RecomputeConfig()), Layout()).outcome()
+    alone = dataclasses.replace(case, recompute=RecomputeConfig())
+    return _Run(alone, Layout(), _context(Layout())).outcome()
 
 
 def _compare(pool: WorkerPool, layout: Layout, cases: list[Case]) -> None:
@@ -456,7 +461,7 @@ def test_zero_bubble_gives_the_bits_of_1f1b(
 
 
 def _loss_curve(case: Case, layout: Layout) -> list[float]:
-    run = _Run(case, layout)
+    run = _Run(case, layout, _context(layout))
     losses = []
     for step in range(case.steps):
         losses.append(run.backward(step % 2))
