@@ -6,11 +6,13 @@ root/.step_00000200.x1.tmp/   a save in progress, or what a killed one left
 root/.step_00000100.old/      a step that is being replaced
 """
 
+import errno
 import logging
 import os
 import re
 import shutil
 import zlib
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -22,6 +24,8 @@ POINTER_NAME = ".latest.tmp"
 """What `latest` is written as before it is moved into place."""
 _STEP = re.compile(r"step_(\d{8,})")
 _ASIDE = re.compile(r"\.(step_\d{8,})\.old")
+_CANNOT_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP)
+"""What file systems answer that cannot flush a directory."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -110,10 +114,15 @@ def newest_complete(root: Path) -> Path | None:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush the names in a directory to the disk."""
+    """Flush the names in a directory to the disk, where its file system can: some that are mounted
+    over a network or in user space refuse, and keep names in order all the same or not at all.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
     finally:
         os.close(descriptor)
 
@@ -148,6 +157,7 @@ def publish(root: Path, temporary: Path, index: Index) -> Path:
         CheckpointError: a file that a rank has written cannot be seen from here.
         OSError: the disk is full, or the directory cannot be written.
     """
+    temporary.stat()  # raises where it is gone, and no file of it with it
     for name, record in index.files.items():
         file = temporary / name
         if not file.is_file() or file.stat().st_size != record.size:
@@ -182,19 +192,28 @@ def publish(root: Path, temporary: Path, index: Index) -> Path:
     return final
 
 
-def prune(root: Path, step: int, keep_last: int | None, keep_every: int | None) -> None:
+def prune(
+    root: Path,
+    step: int,
+    keep_last: int | None,
+    keep_every: int | None,
+    damaged: Collection[str] = (),
+) -> None:
     """Remove old checkpoints once `step` is published.
 
     Kept are the newest `keep_last` up to `step`, every multiple of `keep_every`, what `latest`
     names, and steps beyond `step`, which are of a run that was taken back. `keep_last` None
-    removes nothing.
+    removes nothing. Step directories named in `damaged` do not count among the newest, as no run
+    could go on from them; they go when those of their age go.
     """
     if keep_last is None:
         return
     latest, _ = read_latest(root)
     past = [(at, path) for at, path in step_directories(root).items() if at <= step]
-    for at, path in past[keep_last:]:
-        if path == latest or (keep_every is not None and at % keep_every == 0):
+    intact = [at for at, path in past if path.name not in damaged]
+    oldest = next(iter(intact[keep_last - 1 :]), 0)
+    for at, path in past:
+        if at >= oldest or path == latest or (keep_every is not None and at % keep_every == 0):
             continue
         try:
             # Under its new name a removal that is cut short is not taken for a checkpoint.
@@ -202,3 +221,14 @@ def prune(root: Path, step: int, keep_last: int | None, keep_every: int | None) 
             shutil.rmtree(doomed)
         except OSError as error:
             _LOG.warning("could not remove the old checkpoint %s: %s", path, error)
+
+
+def newest_published(root: Path) -> tuple[str, int] | None:
+    """The name that `latest` holds and the CRC-32 of the index there, which together tell one save
+    from any other; None where either cannot be read.
+    """
+    path, _ = read_latest(root)
+    try:
+        return None if path is None else (path.name, zlib.crc32((path / INDEX_NAME).read_bytes()))
+    except OSError:
+        return None

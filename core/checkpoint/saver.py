@@ -12,11 +12,13 @@ overlapping a snapshot's write with training it follows CheckFreq (Mohan et al.,
 """
 
 import json
+import mmap
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +28,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core.checkpoint.directory import prune, publish, remove_leftovers, step_name
+from core.checkpoint.directory import (
+    newest_published,
+    prune,
+    publish,
+    remove_leftovers,
+    step_name,
+)
 from core.checkpoint.index import BLOCK_SIZE, FileRecord, Index, SavedTensor, plain_json
 from core.checkpoint.plan import Claims, Plan, RankFile, claim, make_plan
 from core.checkpoint.writer import (
@@ -84,6 +92,12 @@ class Ranks:
 
 def describe(error: Exception) -> str:
     """What went wrong, for the sentence that all ranks report."""
+    if isinstance(error, FileNotFoundError):
+        # A saver makes its folder itself, and only another one removes it.
+        return (
+            f"'{error.strerror or error}' ({error.filename}): if another run saves to the same "
+            "folder, end one of the two"
+        )
     if isinstance(error, OSError):
         return f"'{error.strerror or error}': free disk space or choose another save directory"
     return str(error) if isinstance(error, TesseraError) else f"{type(error).__name__}: {error}"
@@ -100,9 +114,9 @@ class Staging:
         """
         self._cuda = any(saved.tensor.is_cuda for saved in tensors)
         try:
-            self.bytes = torch.zeros(file.nbytes, dtype=torch.uint8).fill_(0)
+            self.bytes = _memory_of_its_own(file.nbytes).fill_(0)
             self._pin()
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise CheckpointError(
                 f"{file.nbytes / 2**30:.1f} GiB of host memory for asynchronous saves cannot be "
                 f"had ({error}): save synchronously (--train.no-async-save)"
@@ -135,6 +149,17 @@ class Staging:
             torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
         self._pairs.clear()
         self.bytes = torch.empty(0, dtype=torch.uint8)
+
+
+def _memory_of_its_own(size: int) -> Tensor:
+    """Flat uint8 that forked processes do not inherit: the loader's would keep the pages as they
+    were, so that the next copy takes as much again (or, where a device has them pinned, take a copy
+    each at once).
+    """
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_DONTFORK"):  # Linux
+        memory.madvise(mmap.MADV_DONTFORK)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:size]
 
 
 @dataclass
@@ -206,6 +231,15 @@ class CheckpointSaver:
         self._staging: Staging | None = None
         self._token, self._count = "", 0
         self._pending: _Attempt | None = None
+        self._newest: tuple[str, int] | None = None
+        """What this saver published last, as rank 0 knows."""
+        self._damaged: set[str] = set()
+
+    def count_as_damaged(self, names: Collection[str]) -> None:
+        """Do not count these step directories among the newest that are kept, until they are
+        replaced. No communication; rank 0's word counts.
+        """
+        self._damaged.update(names)
 
     def prepare(self) -> None:
         """Gather what the ranks hold, plan, and allocate staging, unless that is done already.
@@ -356,13 +390,27 @@ class CheckpointSaver:
                     files |= write_assets(self._assets, attempt.temporary)
                 in_order = dict(sorted(files.items()))
                 index = Index(attempt.step, plan.tensors, in_order, attempt.sections, BLOCK_SIZE)
+                self._check_alone()
                 publish(self._root, attempt.temporary, index)
-                prune(self._root, attempt.step, *self._keep)
+                self._newest = (step_name(attempt.step), zlib.crc32(index.dump().encode()))
+                self._damaged.discard(step_name(attempt.step))
+                prune(self._root, attempt.step, *self._keep, self._damaged)
         except Exception as error:
             failure = self._sentence(attempt, 0, describe(error))
         if failure is not None:
             remove_attempt(self._root, attempt.temporary)
         attempt.failure = failure
+
+    def _check_alone(self) -> None:
+        """Two runs in one folder would replace and remove each other's checkpoints, and each go on
+        from what the other has saved: the one whose newest is no longer the newest stops.
+        """
+        found = newest_published(self._root)
+        if self._newest is not None and found is not None and found != self._newest:
+            raise CheckpointError(
+                f"{found[0]}, now the newest checkpoint in {self._root}, was saved by another run: "
+                "end one of the two, or give each a folder of its own"
+            )
 
     def _collect(
         self, attempt: _Attempt, missing: set[int], files: dict[str, FileRecord]

@@ -124,6 +124,8 @@ class RunState:
     sample_order: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the order of training samples follows from (`core.training.data_order`)."""
     _saved_step: int | None = None
+    _damaged: list[str] = dataclasses.field(default_factory=list)
+    """Step directories that were passed over at the start."""
     _loaded_assets: Path | None = None
     _saver: CheckpointSaver | None = None
 
@@ -238,6 +240,7 @@ class RunState:
                 asynchronous=train.async_save and train.save_interval > 0,
                 timeout=train.hang_timeout_seconds or None,
             )
+            self._saver.count_as_damaged(self._damaged)
         return self._saver
 
     def write_companions(self) -> None:
@@ -291,6 +294,7 @@ class RunState:
                 self._take_over(reader)
                 return reader
             newest = newest or found[0]
+            self._damaged.append(path.name)
             if len(paths) > 1:
                 self._warn(f"passing over {path.name}: {found[0]}")
         if newest is not None:

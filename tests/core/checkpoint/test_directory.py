@@ -1,4 +1,6 @@
+import errno
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -172,6 +174,40 @@ def test_pruning_keeps_latest_and_the_steps_of_a_run_taken_back(tmp_path: Path) 
     put(tmp_path, 25)
     prune(tmp_path, 25, 1, None)
     assert names(tmp_path) == ["latest", "step_00000025", "step_00000030"]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "kept"),
+    [
+        ([40], [20, 30, 40, 50]),
+        ([10, 40], [20, 30, 40, 50]),
+        ([30, 40], [10, 20, 30, 40, 50]),
+        ([20, 30, 40], [10, 20, 30, 40, 50]),
+    ],
+)
+def test_what_is_damaged_does_not_count_among_the_newest(
+    tmp_path: Path, damaged: list[int], kept: list[int]
+) -> None:
+    for step in (10, 20, 30, 40, 50):
+        put(tmp_path, step)
+    prune(tmp_path, 50, 3, None, list(map(step_name, damaged)))
+    assert names(tmp_path) == ["latest", *map(step_name, kept)]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_cannot_flush_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    if number == errno.EIO:  # the disk is bad
+        with pytest.raises(OSError, match="Input/output error"):
+            put(tmp_path, 1)
+    else:
+        assert put(tmp_path, 1) == newest_complete(tmp_path)
 
 
 def test_a_checkpoint_that_cannot_be_removed_is_only_a_warning(

@@ -1,4 +1,5 @@
 import errno
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.checkpoint.index import SavedTensor
-from core.checkpoint.plan import RankFile
+from core.checkpoint.plan import RankFile, claim, make_plan
 from core.checkpoint.reader import open_checkpoint
 from core.checkpoint.safetensors_io import SafetensorsWriter
 from core.checkpoint.saver import CheckpointSaver, Ranks, Staging, save_checkpoint
@@ -196,6 +197,69 @@ def test_a_killed_save_leaves_latest_and_its_rest_is_removed_by_the_next(
         "step_00000001",
         "step_00000003",
     ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells it")
+def test_forked_processes_do_not_inherit_the_staging() -> None:
+    tensors = [saved("a", torch.ones(1 << 20)), saved("b", torch.ones(3))]
+    staging = Staging(make_plan([claim(tensors)]).files[0], tensors)
+    staging.fill()
+    assert torch.equal(staging.bytes.view(torch.float32), torch.ones((1 << 20) + 3))
+    address = staging.bytes.data_ptr()
+    flags: list[str] = []
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line.split()
+    assert "dc" in flags  # "don't copy on fork"
+    staging.free()
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_two_runs_in_one_folder(tmp_path: Path, step: int) -> None:
+    def run(number: float) -> CheckpointSaver:
+        return CheckpointSaver(tmp_path, [saved("a", torch.full((2,), number))], SINGLE)
+
+    old, new = run(1.0), run(2.0)
+    old.save(2, {})
+    new.save(step, {})
+    new.save(6, {})
+    with pytest.raises(CheckpointError, match=r"step_00000004 was not saved.*step_00000006, now"):
+        old.save(4, {})
+    new.save(8, {})
+    assert open_checkpoint(tmp_path).step == 8
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_another_save_of_the_same_step_is_noticed(tmp_path: Path) -> None:
+    tensors = [saved("a", torch.ones(2))]
+    first, same, other = (CheckpointSaver(tmp_path, tensors, SINGLE) for _ in range(3))
+    first.save(2, {})
+    same.save(2, {})  # bit by bit: nobody could tell
+    first.save(4, {})
+    other.save(4, {"train_state": 1})
+    with pytest.raises(CheckpointError, match="saved by another run: end one of the two"):
+        first.save(6, {})
+
+
+def test_a_folder_that_another_run_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = [saved("a", torch.ones(2))]
+    write = write_rank_file
+
+    def interrupted(directory: Path, *args: Any) -> Any:
+        found = write(directory, *args)
+        monkeypatch.undo()
+        CheckpointSaver(tmp_path, tensors, SINGLE).prepare()
+        return found
+
+    monkeypatch.setattr("core.checkpoint.saver.write_rank_file", interrupted)
+    with pytest.raises(CheckpointError, match=r"No such file.*another run saves to the same"):
+        CheckpointSaver(tmp_path, tensors, SINGLE).save(2, {})
+    assert not list(tmp_path.iterdir())
 
 
 def _save_and_load(root: str, tp: int) -> bool:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.checkpoint.directory import step_name
 from core.checkpoint.index import saved_parameters
 from core.checkpoint.reader import CheckpointReader, open_checkpoint
 from core.checkpoint.saver import save_checkpoint
@@ -166,6 +167,21 @@ def test_several_damaged_checkpoints_and_then_none(
         flip_last_byte(folder / f"step_0000000{step}" / RANK_FILE)
     with pytest.raises(DamagedCheckpointError, match=rf"step_00000006/{RANK_FILE} is damaged"):
         start(config)
+
+
+@pytest.mark.parametrize(
+    ("interval", "kept"),
+    [(0, [4, 6, 8]), (2, [6, 8])],  # in the second run step 6 is saved anew
+)
+def test_a_damaged_checkpoint_takes_no_place_of_those_that_are_kept(
+    run: Run, interval: int, kept: list[int]
+) -> None:
+    config, folder = run
+    file = folder / "step_00000006" / RANK_FILE
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    train = replace(config.train, steps=8, save_interval=interval, keep_last=2)
+    assert start(replace(config, train=train)).fit()
+    assert sorted(folder.glob("step_*")) == [folder / step_name(step) for step in kept]
 
 
 def test_another_architecture_is_no_damage(run: Run) -> None:
