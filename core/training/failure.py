@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -124,7 +125,8 @@ class SentenceHandler(ErrorHandler):
         elif os.environ.get("RANK", "0") != "0":
             self._leave(text)  # before ranks know each other, all find the same mistake
             return
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # torchrun may still hear of it
+            print(f"error: {text}", file=sys.stderr, flush=True)
         self._leave(text)
 
     def _leave(self, text: str) -> None:
@@ -140,8 +142,9 @@ def exit_now(status: int = 1) -> NoReturn:
     """Leave without Python's own shutdown, which would wait for process groups whose other ranks
     are stuck in a collective.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a log on a full disk, or whose reader has gone
+            stream.flush()
     os._exit(status)
 
 
@@ -290,7 +293,10 @@ class Watchdog:
         return 1 if self._stop.seconds_since_sigterm() is None else 128 + signal.SIGTERM
 
     def _state(self) -> RankState:
-        return rank_state(self._step, self._phase, self._groups)
+        try:
+            return rank_state(self._step, self._phase, self._groups)
+        except Exception:  # an aid of torch's: without its word the run must still be ended
+            return RankState(self._step, self._phase)
 
     @property
     def _rank(self) -> int:

@@ -1,6 +1,10 @@
+import errno
+import io
 import json
+import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 from queue import Queue
@@ -12,7 +16,14 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from core.errors import DataError
 from core.training import failure
-from core.training.failure import SAVING, FailureBoard, Patience, SentenceHandler, Watchdog
+from core.training.failure import (
+    SAVING,
+    FailureBoard,
+    Patience,
+    SentenceHandler,
+    Watchdog,
+    exit_now,
+)
 from core.training.interrupts import StopRequest
 
 
@@ -209,3 +220,40 @@ def test_after_sigterm_nobody_waits_for_a_rank_that_is_dead(error_file: Path, de
             assert left.empty()
         dog.stop()
     other.stop()
+
+
+class FullDisk(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_log_that_cannot_be_written_keeps_no_process_alive(
+    error_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    monkeypatch.setattr(sys, "stderr", FullDisk())
+    SentenceHandler().record_exception(DataError("a.bin is damaged"))
+    assert message(error_file) == "a.bin is damaged"
+    exit_now(3)
+    assert left == [3]
+
+
+def test_a_hang_ends_the_run_though_torch_tells_nothing(
+    error_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("retired")
+
+    monkeypatch.setattr(failure, "rank_state", fail)
+    left: Queue[int] = Queue()
+    dog = watchdog(SentenceHandler(FailureBoard(0, None)), left, hang=0.2)
+    dog.beat(7, "training")
+    dog.start()
+    assert left.get(timeout=10) == 1
+    dog.stop()
+    assert "rank 0 is in training of step 7" in message(error_file)
