@@ -10,15 +10,17 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
 
-from core.errors import ConfigError, TrainingError
+from core.errors import ConfigError, TesseraError, TrainingError
 from core.training.exchange import DeviceMark
 
 METRICS_FILE = "metrics.jsonl"
@@ -248,8 +250,10 @@ class Console:
     def say(self, text: str) -> None:
         """Print lines above the progress bar, if there is one."""
         if self.enabled:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            # Nobody reads it any more, or its disk is full: no reason to end a run.
+            with suppress(OSError):
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def start(self, first_step: int) -> None:
         """Open the progress bar if standard error is a terminal."""
@@ -358,11 +362,24 @@ class Reporter:
         self._log(step, {f"validation_{name}": value for name, value in losses.items()})
 
     def _log(self, step: int, values: Mapping[str, float]) -> None:
-        for tracker in self.trackers:
-            tracker.log(step, values)
+        for tracker in tuple(self.trackers):
+            self._ask(tracker, partial(tracker.log, step, values))
 
     def close(self) -> None:
         """Close the progress bar and the trackers."""
         self.console.close()
-        for tracker in self.trackers:
-            tracker.close()
+        for tracker in tuple(self.trackers):
+            self._ask(tracker, tracker.close)
+
+    def _ask(self, tracker: Tracker, work: Callable[[], object]) -> None:
+        """Have a tracker do something. One that cannot is left out from then on: a server that is
+        out of reach shall not end a run, whose own file has all rows.
+        """
+        try:
+            work()
+        except TesseraError:
+            raise
+        except Exception as error:
+            self.trackers = [other for other in self.trackers if other is not tracker]
+            what = f"{type(tracker).__name__} failed and gets no more metrics"
+            self.console.say(f"{what}: {type(error).__name__}: {error}")

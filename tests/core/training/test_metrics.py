@@ -1,6 +1,9 @@
 import errno
 import json
+import os
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +12,13 @@ import pytest
 import torch
 
 from core.errors import ConfigError, TrainingError
+from core.testing.disk import disk_with_room_for
 from core.training.metrics import (
     METRICS_FILE,
     TRACKERS,
     Console,
     JsonlTracker,
+    Reporter,
     Throughput,
     TrackedRun,
     check_trackers,
@@ -110,10 +115,66 @@ def test_trackers_pass_rows_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
         assert package.calls[0] == expected
 
 
+@dataclass
+class Lost:
+    """A tracker whose server goes out of reach."""
+
+    rows: list[int] = field(default_factory=list)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        if step > 1:
+            raise ConnectionError("no route to host")
+        self.rows.append(step)
+
+    def close(self) -> None:
+        raise AssertionError("nobody listens")
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost, file = Lost(), JsonlTracker(run(tmp_path))
+    reporter = Reporter(Console(enabled=True), Throughput(1.0, 1.0, 1, None), torch.device("cpu"))
+    reporter.trackers = [lost, file]
+    for step in (1, 2, 3):
+        reporter.evaluation(step, {"loss": 2.0})
+    reporter.close()
+    assert lost.rows == [1]
+    assert [json.loads(row)["step"] for row in (tmp_path / METRICS_FILE).open()] == [1, 2, 3]
+    out = capsys.readouterr().out
+    assert out.count("Lost failed and gets no more metrics: ConnectionError: no route to host") == 1
+
+
+def test_a_full_disk_under_the_log_ends_the_run_with_its_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = JsonlTracker(run(tmp_path))
+    reporter = Reporter(Console(enabled=False), Throughput(1.0, 1.0, 1, None), torch.device("cpu"))
+    reporter.trackers = [file]
+    with disk_with_room_for(0):
+        with pytest.raises(TrainingError, match=r"metrics.jsonl cannot be written"):
+            reporter.evaluation(1, {"loss": 2.0})
+        reporter.close()
+
+
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"--train.track mlflow needs the package mlflow"):
         check_trackers(("mlflow",))
+
+
+def test_a_reader_that_has_gone_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        console = Console(enabled=True, total_steps=4)
+        console.say("hello")
+        console.advance(2, "loss 1.0")
+        patch.undo()
+        with pytest.raises(BrokenPipeError):
+            pipe.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), write)  # closing writes what is left
 
 
 def test_a_terminal_has_one_line(
