@@ -92,10 +92,11 @@ class TrainConfig:
         stages = (self.global_batch_size - ramp.start) // ramp.increment
         return ramp.start + ramp.increment * (consumed_samples * stages // ramp.samples)
 
-    def num_train_samples(self) -> int:
-        """Samples that the whole run consumes."""
-        consumed = 0
-        for step in range(self.steps):
+    def num_train_samples(self, done: int = 0, consumed: int = 0) -> int:
+        """Samples that the whole run consumes, the first `done` steps having consumed so many: not
+        as many as now, where the global batch was another then.
+        """
+        for step in range(done, self.steps):
             if self.ramp.start == 0 or consumed >= self.ramp.samples:
                 return consumed + (self.steps - step) * self.global_batch_size
             consumed += self.global_batch_size_at(consumed)

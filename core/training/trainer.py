@@ -34,7 +34,12 @@ from core.optim.schedules import learning_rate, weight_decay
 from core.optim.step import OptimizerStep, SkipLimit, StepResult
 from core.parallel.context import ParallelContext
 from core.pipeline.trace import write_trace
-from core.training.data_order import check_same_order, sample_order
+from core.training.data_order import (
+    check_ranks_agree,
+    check_same_order,
+    consumed_before,
+    sample_order,
+)
 from core.training.exchange import Exchange, LateValues
 from core.training.failure import SAVING, Patience, SentenceHandler, Watchdog
 from core.training.interrupts import StopRequest
@@ -160,6 +165,7 @@ class Trainer:
         if train_data is None:
             raise DataError("there is no training data: name some with --data.train")
         self.state.sample_order = sample_order(train_data, train.seed)
+        check_ranks_agree(config, self.state.sample_order, ctx)
         self._train_loader = self._loader(train_data, growing=True)
         self._valid_loader = None if valid_data is None else self._loader(valid_data, growing=False)
         for line in (*self._describe(train_data, valid_data), start):
@@ -492,7 +498,9 @@ def make_datasets(task: TrainTask, config: RunConfig[Any]) -> Sequence[Any]:
             f"--model.vocab-size is {vocab_size}: use the model's own tokenizer, or raise the size"
         )
     train = config.train
-    counts = (train.num_train_samples(), train.num_valid_samples, 0)
+    # Never fewer than a run would have had from its start: an older checkpoint may have to do.
+    samples = max(train.num_train_samples(), train.num_train_samples(*consumed_before(config)))
+    counts = (samples, train.num_valid_samples, 0)
     datasets = task.make_datasets(config.data, tokenizer, counts, train.seed)
     check_same_order(config, datasets[0])
     return datasets

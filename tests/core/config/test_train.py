@@ -67,6 +67,14 @@ def test_the_ramp_goes_up_in_equal_parts() -> None:
     assert TrainConfig(steps=7, global_batch_size=5).num_train_samples() == 35
 
 
+def test_a_run_whose_batch_shrank_needs_what_it_has_consumed_and_the_rest() -> None:
+    assert TrainConfig(steps=10, global_batch_size=2).num_train_samples(8, 64) == 68
+    ramp = BatchRampConfig(start=4, increment=4, samples=90)
+    config = TrainConfig(steps=20, global_batch_size=16, ramp=ramp)
+    assert config.num_train_samples(8, 32) == config.num_train_samples()
+    assert config.num_train_samples(19, 80) == 80 + 12
+
+
 def test_validation_samples_are_needed_only_for_evaluation() -> None:
     assert TrainConfig().num_valid_samples == 0
     config = TrainConfig(eval_interval=5, eval_steps=3, global_batch_size=4)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from core.config.data import DataConfig
 from core.config.run import RunConfig
@@ -13,6 +14,7 @@ from core.data.builder import build_datasets
 from core.data.indexed_dataset import IndexedDatasetWriter
 from core.errors import ConfigError
 from core.parallel.context import ParallelContext
+from core.testing.distributed import WorkerError, WorkerPool
 from core.testing.tiny_task import TinyConfig, TinyTask, tiny_run
 from core.training.data_order import sample_order
 from core.training.trainer import Trainer
@@ -132,3 +134,30 @@ def test_a_blend_is_the_same_when_it_is_longer(tmp_path: Path) -> None:
     assert order(10) == order(12)
     assert order(10) != order(400)
     assert len(order(10)["data"]["source"]) == 2
+
+
+def _start_with(config: RunConfig[TinyConfig], own: Any) -> int:
+    ctx = ParallelContext.create(config.parallel, torch.device("cpu"))
+    if ctx.world.rank == 1:
+        parts = {name: replace(getattr(config, name), **fields) for name, fields in own.items()}
+        config = replace(config, **parts)
+    return Trainer(CorpusTask(), config, ctx).state.position.step
+
+
+def test_all_ranks_train_the_same(tmp_path: Path, pool: WorkerPool) -> None:
+    corpora = [
+        write_corpus(tmp_path / "a" / "corpus"),
+        write_corpus(tmp_path / "b" / "corpus"),
+        write_corpus(tmp_path / "c" / "corpus", LENGTHS[::-1]),
+    ]
+    data = DataConfig(train=(corpora[0],), seq_length=6, num_workers=0)
+    config = replace(tiny_run(dp=2), data=data)
+    # Paths may differ.
+    assert pool.run(_start_with, 2, config, {"data": {"train": (corpora[1],)}}) == [0, 0]
+    for own, what in (
+        ({"train": {"save_interval": 3}}, "train, save_interval is 3, and 0 on rank 0"),
+        ({"optimizer": {"lr": 0.1}}, "optimizer, lr is 0.1, and 0.05 on rank 0"),
+        ({"data": {"train": (corpora[2],)}}, "sample order, data, checksum of sequence lengths is"),
+    ):
+        with pytest.raises(WorkerError, match=what):
+            pool.run(_start_with, 2, config, own)

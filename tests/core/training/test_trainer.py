@@ -351,6 +351,14 @@ def test_weights_alone_start_at_step_0(tmp_path: Path) -> None:
     assert trainer.state.source == {"config": {"a": 1}}
 
 
+@pytest.mark.parametrize("size", [2, 16])
+def test_a_resumed_run_may_have_another_batch(tmp_path: Path, size: int) -> None:
+    first = tiny_run(save=tmp_path, steps=10, exit_at_step=8)
+    assert not Trainer(TinyTask(), first, ParallelContext.single()).fit()
+    trainer = trained(tiny_run(save=tmp_path, steps=10, global_batch_size=size))
+    assert trainer.state.position == Position(step=10, consumed_samples=64 + 2 * size)
+
+
 def test_ranks_that_see_different_checkpoints_are_refused(tmp_path: Path, pool: WorkerPool) -> None:
     trained(tiny_run(save=tmp_path, steps=1))
     with pytest.raises(WorkerError, match="must be folders that all machines share"):
