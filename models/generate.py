@@ -111,6 +111,7 @@ def open_model(path: Path) -> OpenedModel:
 
     reader = open_checkpoint(path)
     family = family_of(reader)
+    reader.check_assets()
     assets = reader.path / ASSETS_NAME
     used = tomllib.loads(reader.sections.get("run") or "").get("tokenizer")
     return OpenedModel(

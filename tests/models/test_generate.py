@@ -14,6 +14,7 @@ from converters.native import import_checkpoint
 from core.config.generation import GenerationConfig
 from core.config.parallel import ParallelConfig
 from core.data.tokenizers import load_tokenizer
+from core.errors import DamagedCheckpointError
 from core.generation.loop import GenerativeModel, generate
 from core.parallel.context import ParallelContext
 from core.testing.distributed import WorkerPool
@@ -92,6 +93,14 @@ def test_a_checkpoint_gives_what_its_source_gives(tmp_path: Path, saved: dict[st
     found = _generate(tmp_path / "native", GREEDY, ctx)
     assert found == _generate(saved["llama3"], GREEDY, ctx)
     assert found[1:2] == _generate(saved["llama3"], GREEDY, ctx, PROMPTS[1:2])
+
+
+def test_a_checkpoint_with_a_damaged_tokenizer_is_refused(tmp_path: Path, folder: Path) -> None:
+    step = import_checkpoint(folder, tmp_path, tp=1)
+    tokenizer = step / "hf" / "tokenizer.json"
+    tokenizer.write_bytes(tokenizer.read_bytes().replace(b"w5", b"w6"))
+    with pytest.raises(DamagedCheckpointError, match=r"hf/tokenizer.json is damaged"):
+        open_model(tmp_path)
 
 
 # ---- The command ---------------------------------------------------------------------------------
