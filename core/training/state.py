@@ -123,6 +123,8 @@ class RunState:
     """What is remembered of the Hugging Face weights that training began with."""
     sample_order: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the order of training samples follows from (`core.training.data_order`)."""
+    is_of_another_folder: bool = False
+    """Whether the run goes on from a checkpoint of --load."""
     _saved_step: int | None = None
     _damaged: list[str] = dataclasses.field(default_factory=list)
     """Step directories that were passed over at the start."""
@@ -350,8 +352,10 @@ class RunState:
         self.optimizer.load_state_dict(state["optimizer"])
         names = [field.name for field in dataclasses.fields(Position)]
         self.position = Position(**{name: state[name] for name in names})
+        self.is_of_another_folder = self.config.save is None
         if self.config.save is not None:
             own = Path(self.config.save) / step_name(self.position.step)
+            self.is_of_another_folder = reader.path.parent != own.parent
             self._saved_step = self.position.step if reader.path == own else None
 
 

@@ -182,12 +182,21 @@ class Trainer:
             Whether all steps are done.
 
         Raises:
+            ConfigError: the checkpoint of --load is of the last step or beyond it.
             TrainingError: too many steps in a row were skipped.
             CheckpointError: a checkpoint could not be written.
             DataError: damaged data.
         """
         train, position = self.config.train, self.state.position
         if position.step >= (train.exit_at_step or train.steps):
+            if self.state.is_of_another_folder:  # nothing would be in --save
+                raise ConfigError(
+                    f"the checkpoint in --load {self.config.load} is of step {position.step}, from "
+                    "which this run goes on, but it is to end at step "
+                    f"{train.exit_at_step or train.steps}: raise --train.steps, which counts the "
+                    "steps before; to begin at step 0 with these weights, export them (python -m "
+                    "converters export) and give --init-from"
+                )
             self._reporter.console.say(f"nothing to do: step {position.step} is the last")
             return position.step >= train.steps
         self.state.write_companions()

@@ -17,7 +17,7 @@ from core.config.parallel import ParallelConfig
 from core.config.precision import PrecisionConfig
 from core.config.run import RunConfig
 from core.config.train import BatchRampConfig
-from core.errors import CheckpointError, TrainingError
+from core.errors import CheckpointError, ConfigError, TrainingError
 from core.parallel.context import ParallelContext
 from core.testing.distributed import WorkerError, WorkerPool
 from core.testing.parity import gather_fragments
@@ -253,6 +253,17 @@ def test_a_finished_run_has_nothing_to_do(
     capsys.readouterr()
     trained(config)
     assert "nothing to do: step 1 is the last" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("save", ["b", None])
+def test_a_loaded_run_that_has_ended_is_no_success(tmp_path: Path, save: str | None) -> None:
+    trained(tiny_run(save=tmp_path / "a", steps=3))
+    config = tiny_run(save=None if save is None else tmp_path / save, steps=3)
+    config = replace(config, load=str(tmp_path / "a"))
+    trainer = Trainer(TinyTask(), config, ParallelContext.single())
+    with pytest.raises(ConfigError, match=r"of step 3, from .* end at step 3: raise --train.steps"):
+        trainer.fit()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
 def test_other_precision_starts_from_the_masters(tmp_path: Path) -> None:
