@@ -136,9 +136,8 @@ def make_case(work: Work, config: TransformerConfig, parallel: ParallelConfig, n
         ),
     )
     validate_run(run)
-    layout = chosen_layout(
-        language_model_parts(config, work.seq_length), parallel, work.microbatches
-    )
+    parts = language_model_parts(config, work.seq_length, precision=work.precision)
+    layout = chosen_layout(parts, parallel, work.microbatches)
     where = layout.stage_map
     schedule = make_schedule(
         parallel.schedule,

@@ -3,7 +3,7 @@ or over the answers of chats.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from core.backends.local import LocalSpecProvider
 from core.backends.provider import BackendSpecProvider
 from core.config.data import DataConfig
 from core.config.parallel import RecomputeConfig
+from core.config.precision import PrecisionConfig
 from core.config.run import RunConfig
 from core.config.transformer import (
     TransformerConfig,
@@ -70,6 +71,8 @@ class LanguageModelTask:
     backend: BackendSpecProvider
     label_smoothing: float = 0.0
     """In training only."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Number formats, on which it depends what layers cost."""
 
     @classmethod
     def of(
@@ -94,6 +97,7 @@ class LanguageModelTask:
             config.parallel.recompute,
             chosen_backend(config.backend, config.precision, config.parallel, model.num_layers),
             config.train.label_smoothing,
+            config.precision,
         )
 
     def validate(self, ctx: ParallelContext, data: DataConfig) -> None:
@@ -119,7 +123,12 @@ class LanguageModelTask:
 
     def parts(self, data: DataConfig) -> Sequence[Part]:
         """Embedding, layers, head."""
-        return language_model_parts(self.model_config, data.seq_length)
+        return language_model_parts(
+            self.model_config,
+            data.seq_length,
+            recompute=self.recompute,
+            precision=self.precision,
+        )
 
     def payload(
         self, ctx: ParallelContext, data: DataConfig, micro_batch_size: int, part: int

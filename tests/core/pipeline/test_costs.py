@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from core.config.parallel import RecomputeConfig
+from core.config.precision import PrecisionConfig
 from core.config.transformer import TransformerConfig
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
@@ -12,6 +14,7 @@ from core.parallel.sharding import declared_parameters
 from core.pipeline.costs import (
     ATTENTION_BACKWARD,
     ATTENTION_FORWARD,
+    FP8_PRODUCT,
     Part,
     Work,
     effective_work,
@@ -62,6 +65,47 @@ def test_a_linear_layer_costs_the_same_three_times_and_scores_have_no_weights() 
     scores = 2 * 2 * 64 * 16  # two products over all keys, 4 heads of 4
     assert layer.work.forward == pytest.approx(gemms + ATTENTION_FORWARD * scores)
     assert layer.work.backward_input == pytest.approx(gemms + ATTENTION_BACKWARD * scores)
+
+
+_MLP = 2 * 3 * 16 * 24
+_SCORES = ATTENTION_FORWARD * 2 * 2 * 64 * 16
+
+
+@pytest.mark.parametrize(
+    ("recompute", "expected"),
+    [
+        (
+            RecomputeConfig(granularity="full", num_layers=2),
+            2 * (16 * 32 + 16 * 16) + _MLP + _SCORES,
+        ),
+        (RecomputeConfig(granularity="full", method="block"), 0.0),
+        (RecomputeConfig(granularity="selective", modules=("core_attention",)), _SCORES),
+        (RecomputeConfig(granularity="selective", modules=("norm", "mlp")), _MLP),
+    ],
+    ids=["full", "block", "attention", "mlp"],
+)
+def test_what_is_recomputed_delays_the_input_gradient(
+    recompute: RecomputeConfig, expected: float
+) -> None:
+    parts = language_model_parts(_config(), 64, causal=False)
+    again = language_model_parts(_config(), 64, causal=False, recompute=recompute)
+    for once, twice in zip(parts, again, strict=True):
+        more = expected if once.symbol == "t" else 0.0
+        assert twice.work.backward_input == pytest.approx(once.work.backward_input + more)
+        assert replace(twice.work, backward_input=0.0) == replace(once.work, backward_input=0.0)
+
+
+def test_layers_in_fp8_are_cheaper_beside_their_scores_and_the_head() -> None:
+    precision = PrecisionConfig(fp8="current", fp8_bf16_last_layers=1)
+    plain = language_model_parts(_config(), 64)
+    mixed = language_model_parts(_config(), 64, precision=precision)
+    for before, after in zip(plain[1:3], mixed[1:3], strict=True):
+        products = before.work.backward_weight
+        saved = (1 - FP8_PRODUCT) * products
+        assert after.work.backward_weight == pytest.approx(FP8_PRODUCT * products)
+        assert after.work.total == pytest.approx(before.work.total - 3 * saved)
+    assert mixed[0] == plain[0]
+    assert mixed[3:] == plain[3:]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from core.config.data import DataConfig
+from core.config.parallel import ParallelConfig, RecomputeConfig
+from core.config.precision import PrecisionConfig
 from core.config.run import RunConfig
 from core.config.train import TrainConfig
 from core.config.transformer import TransformerConfig
@@ -91,3 +93,17 @@ def test_a_tokenizer_without_end_is_only_missed_where_it_is_needed(tmp_path: Pat
     )
     with pytest.raises(DataError, match="no end-of-document token"):
         _task().make_datasets(masked, _NoEnd(), (4, 0, 0), 1)
+
+
+def test_parts_cost_what_the_run_makes_of_them() -> None:
+    """Recompute and FP8 make the head, which has neither, dearer or cheaper beside a layer."""
+    shares = []
+    for granularity, fp8 in (("full", "none"), ("none", "none"), ("none", "current")):
+        config = RunConfig(
+            model=MODEL,
+            parallel=ParallelConfig(recompute=RecomputeConfig(granularity=granularity)),  # type: ignore[arg-type]
+            precision=PrecisionConfig(fp8=fp8),  # type: ignore[arg-type]
+        )
+        _, layer, head = llama_task(config).parts(DataConfig(seq_length=16))
+        shares.append(head.work.total / layer.work.total)
+    assert shares[0] < 0.8 * shares[1] < 0.8 * shares[2]
