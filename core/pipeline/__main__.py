@@ -48,7 +48,8 @@ class Show:
     head_cost: float | None = None
     """With a layout: time of head and loss, in layers; 1 by default."""
     from_trace: Path | None = None
-    """Draw a measured timeline beside it (the format is in core/pipeline/trace.py)."""
+    """Draw a measured timeline beside it (the format is in core/pipeline/trace.py). Without
+    --costs, a --layout then only says which pieces are empty."""
     out: Path | None = None
     """Draw a picture (.png, .pdf, .svg) in place of text; needs matplotlib."""
 
@@ -69,12 +70,13 @@ class Show:
             trainable=layout.trainable if layout else None,
         )
         measured = read_trace(self.from_trace, schedule) if self.from_trace else None
+        by_trace = measured if self.costs is None else None
         work: tuple[Work, ...] | Work
         transfer = self.transfer or 0.0
-        if measured and self.costs is None:
-            work = measured_work(measured, schedule)
+        if by_trace:
+            work = measured_work(by_trace, schedule)
             if self.transfer is None:
-                transfer = measured_transfer(measured, schedule)
+                transfer = measured_transfer(by_trace, schedule)
         elif layout:
             work = layout.work
         else:
@@ -82,12 +84,14 @@ class Show:
         if not 0 <= transfer < math.inf:
             raise ConfigError(f"--transfer is {transfer}: it must be finite and at least 0")
         result = simulate(schedule, Costs(work=work, transfer=transfer))
+        if not result.makespan:
+            raise ConfigError("nothing here takes any time: give --costs or a --head-cost above 0")
         timelines = {f"{self.schedule}, simulated": result.timeline}
         if measured:
             timelines[f"{self.schedule}, measured in ms"] = measured
         if self.out:
             picture(self.out, timelines)
-        if layout:
+        if layout and not by_trace:  # which does not tell what each part takes
             print(layout.table(parameters=False), end="\n\n")
         print(report(result))
         if measured:

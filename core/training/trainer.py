@@ -15,6 +15,7 @@ later. With several pipeline stages it waits for their messages.
 import gc
 import math
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -270,11 +271,13 @@ class Trainer:
         if self.ctx.world.rank or self.config.save is None:
             return
         path, where = Path(self.config.save) / TRACE_FILE, schedule.stage_map
+        layout = str(self.model.layout).replace(" ", "")
         write_trace(path, schedule.name, timeline)
         self._reporter.console.say(
             f"step {self.config.train.trace_step} is in {path}: draw it with python -m "
             f"core.pipeline show --schedule {schedule.name} --stages {where.stages} --chunks "
-            f"{where.chunks} --microbatches {microbatches} --from-trace {path} --out step.png"
+            f"{where.chunks} --layout '{layout}' --microbatches {microbatches} --from-trace "
+            f"{shlex.quote(str(path))} --out step.png"
         )
 
     def _fetch_training(self) -> StepData:

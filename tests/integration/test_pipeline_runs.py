@@ -1,6 +1,7 @@
 """Runs over pipeline stages as a person starts them: what they say, leave and begin with."""
 
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -53,7 +54,7 @@ def test_a_run_says_its_layout_and_leaves_a_step_to_draw(
     assert "is the slowest: it alone lets all stages together be busy" in said
     assert "validation" in said
     line = next(line for line in said.splitlines() if "draw it with" in line)
-    command = line.partition("python -m core.pipeline ")[2].split()
+    command = shlex.split(line.partition("python -m core.pipeline ")[2])
     assert command[-2:] == ["--out", "step.png"]
     command[-1] = str(tmp_path / "step.png")
     main(command)

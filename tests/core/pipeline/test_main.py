@@ -104,6 +104,7 @@ def test_a_measured_timeline(capsys: pytest.CaptureFixture[str], tmp_path: Path)
         (["--transfer", "-1"], "--transfer is -1.0"),
         (["--head-cost", "2"], "--head-cost does nothing without"),
         (["--head-cost", "-2", "--layers", "9"], "--head-cost is -2.0"),
+        (["--head-cost", "0", "--layout", "E|||||||L"], "nothing here takes any time"),
         (["--layers", "0"], "--layers is 0"),
         (["--layers", "5"], "4 stages of 2 chunks hold 8 pieces, but the model, E t*5 L, has 7"),
         (["--layout", "Et|tL"], "has 2 pieces"),
