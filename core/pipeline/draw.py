@@ -152,6 +152,7 @@ def _draw(axis: "object", timeline: Timeline, longest: float) -> None:
     for stage, entries in enumerate(timeline):
         axis.barh(stage, last - zero, height=0.9, color=_IDLE)
         for (kind, chunk, microbatch), start, end in entries:
+            label, width = str(microbatch), _WIDTH * (end - start) / longest
             axis.barh(
                 stage,
                 end - start,
@@ -159,9 +160,9 @@ def _draw(axis: "object", timeline: Timeline, longest: float) -> None:
                 height=0.9,
                 color=_paler(_COLOURS[kind], 0.6 * chunk / chunks),
                 edgecolor="white",
-                linewidth=0.5,
+                # Of a thin bar an edge of full width would leave nothing.
+                linewidth=min(0.5, 0.1 * width),
             )
-            label, width = str(microbatch), _WIDTH * (end - start) / longest
             if size >= 4.0 and width >= size * (1.0 if rotated else 0.62 * len(label)):
                 axis.text(
                     (start + end) / 2 - zero,

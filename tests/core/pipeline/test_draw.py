@@ -2,6 +2,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 from core.errors import ConfigError
 from core.pipeline.costs import Work
@@ -44,6 +45,15 @@ def test_pictures(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     # A path for each of the 36 and 12 actions, and more for frames and letters.
     assert (tmp_path / "a.svg").read_text().count('<path d="M') > 48
+
+
+def test_a_stage_without_a_break_is_drawn_without_one(tmp_path: Path) -> None:
+    """Edges leave something of bars that are two pixels wide."""
+    schedule = make_schedule("1f1b", stages=1, microbatches=300)
+    picture(tmp_path / "a.png", {"one": simulate(schedule).timeline})
+    pixels = imread(tmp_path / "a.png")[..., :3]
+    coloured = pixels.max(-1) - pixels.min(-1) > 0.3
+    assert coloured.mean(1).max() > 0.85
 
 
 def test_pictures_that_cannot_be_written(tmp_path: Path) -> None:
