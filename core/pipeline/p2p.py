@@ -12,12 +12,13 @@ of its device.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from itertools import pairwise
 from queue import SimpleQueue
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,31 @@ from core.pipeline.stage_map import StageMap
 
 Payload = Mapping[str, Tensor]
 """What passes from a piece to the next, by name."""
+
+
+class Awaited(NamedTuple):
+    """What a host waits for."""
+
+    what: str
+    rank: int
+    """Of whom, as a global rank."""
+
+
+class Waiting:
+    """What this rank's host waits for now: torch's flight recorder does not note the host's
+    messages, and a watchdog must look from its own thread.
+    """
+
+    def __init__(self) -> None:
+        self.now: Awaited | None = None
+
+    @contextmanager
+    def until(self, what: str, rank: int) -> Iterator[None]:
+        """Wait inside."""
+        self.now = Awaited(what, rank)
+        yield
+        # After a failure it stays: that is where this rank stood.
+        self.now = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +76,8 @@ class Wires:
     Their gradients have the same shapes."""
     dtype: torch.dtype
     device: torch.device
+    waiting: Waiting = field(default_factory=Waiting)
+    """For a watchdog."""
 
     @classmethod
     def connect(
@@ -132,11 +160,13 @@ class Mailbox:
         """
         if message in self._local:
             return self._local.pop(message)
-        while message not in self._received:
-            self._receive(self._source[message])
-        tensors, works = self._received.pop(message)
-        for work in works:
-            work.wait()
+        edge = self._source[message]
+        with self._wires.waiting.until(f"the receipt of {message}", self._wires.ranks[edge.source]):
+            while message not in self._received:
+                self._receive(edge)
+            tensors, works = self._received.pop(message)
+            for work in works:
+                work.wait()
         for tensor in tensors.values():
             if tensor.is_cuda:
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
@@ -175,8 +205,9 @@ class Mailbox:
         """
         unused = [*self._received, *self._local]
         assert not unused, f"the schedule left {unused} unused"
-        for sender in self._senders.values():
-            sender.close()
+        for edge, sender in self._senders.items():
+            with self._wires.waiting.until("sending", self._wires.ranks[edge.target]):
+                sender.close()
 
     def _receive(self, edge: Edge) -> None:
         """Receive the next message of an edge."""
@@ -248,3 +279,4 @@ class _Sender:
                 future.set_exception(error)
             else:
                 future.set_result(None)
+            del item, call  # and with them what was sent: the next may be long in coming

@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from core.errors import TesseraError, TrainingError
 from core.parallel.rendezvous import Rendezvous
+from core.pipeline.p2p import Waiting
 from core.training.hang import Groups, RankState, diagnose, rank_state
 from core.training.interrupts import StopRequest
 
@@ -173,10 +174,13 @@ class Watchdog:
         stop: StopRequest,
         groups: Groups,
         leave: Callable[[int], object] = exit_now,
+        waiting: Waiting | None = None,
     ) -> None:
-        """`groups` names what collectives run over; `leave` ends the process with a status."""
+        """`groups` names what collectives run over; `leave` ends the process with a status;
+        `waiting` knows what a pipeline stage waits for.
+        """
         self._patience, self._handler, self._stop = patience, handler, stop
-        self._groups, self._leave = groups, leave
+        self._groups, self._leave, self._waiting = groups, leave, waiting or Waiting()
         self._last, self._step, self._phase = time.monotonic(), 0, "start"
         self._answered: set[str] = set()
         self._done = threading.Event()
@@ -294,7 +298,7 @@ class Watchdog:
 
     def _state(self) -> RankState:
         try:
-            return rank_state(self._step, self._phase, self._groups)
+            return rank_state(self._step, self._phase, self._groups, self._waiting.now)
         except Exception:  # an aid of torch's: without its word the run must still be ended
             return RankState(self._step, self._phase)
 

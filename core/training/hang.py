@@ -2,7 +2,7 @@
 
 torch notes the collectives of each process group in its flight recorder, with a number that counts
 them per group. A rank that waits in number 7 of a group waits for those members whose own count has
-not come to 7.
+not come to 7. What a pipeline stage waits for it says itself.
 """
 
 import json
@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch._C._distributed_c10d as c10d
+
+from core.pipeline.p2p import Awaited
 
 Groups = Mapping[str, tuple[str, tuple[int, ...]]]
 """torch's name of a process group, to the name of its axis and its ranks."""
@@ -44,6 +46,8 @@ class RankState:
     """The oldest collective that it has begun and that has not ended."""
     begun: Mapping[str, int] = field(default_factory=dict)
     """By group, the number of the last collective begun."""
+    awaited: Awaited | None = None
+    """What its host waits for of another stage: then a collective goes on beside that."""
 
     def to_json(self) -> str:
         """For the store."""
@@ -56,10 +60,13 @@ class RankState:
         waits = values.pop("waits_in")
         if waits is not None:
             waits = Collective(**{**waits, "ranks": tuple(waits["ranks"])})
-        return cls(**values, waits_in=waits)
+        awaited = values.pop("awaited")
+        if awaited is not None:
+            awaited = Awaited(*awaited)
+        return cls(**values, waits_in=waits, awaited=awaited)
 
 
-def rank_state(step: int, phase: str, groups: Groups) -> RankState:
+def rank_state(step: int, phase: str, groups: Groups, awaited: Awaited | None = None) -> RankState:
     """The state of this rank, from any thread. Without a flight recorder (older torch, or one that
     is turned off by TORCH_FR_BUFFER_SIZE=0) it says nothing of collectives.
     """
@@ -82,7 +89,7 @@ def rank_state(step: int, phase: str, groups: Groups) -> RankState:
             for size in (entry["input_sizes"] or [[0]])[0]:
                 elements *= size
             waits_in = Collective(key, ranks, number, kind, elements)
-    return RankState(step, phase, waits_in, begun)
+    return RankState(step, phase, waits_in, begun, awaited)
 
 
 def recorded() -> list[dict[str, Any]]:
@@ -103,16 +110,7 @@ def diagnose(states: Mapping[int, RankState | None]) -> str:
     Args:
         states: of every rank; None for one that did not answer.
     """
-    missing = {
-        rank: [
-            other
-            for other in state.waits_in.ranks
-            if (answer := states.get(other)) is None
-            or answer.begun.get(state.waits_in.group, 0) < state.waits_in.number
-        ]
-        for rank, state in states.items()
-        if state is not None and state.waits_in is not None
-    }
+    missing = {rank: _late(state, states) for rank, state in states.items() if state is not None}
     # A late rank that waits for another in its turn is not the cause.
     waiting = {rank for rank, late in missing.items() if late}
     silent = {rank for rank, state in states.items() if state is None}
@@ -122,12 +120,27 @@ def diagnose(states: Mapping[int, RankState | None]) -> str:
         state = states[rank]
         assert state is not None
         late = ", ".join(map(str, missing[rank]))
-        parts.append(f"rank {rank} waits in {state.waits_in} of step {state.step} for rank {late}")
+        where = state.waits_in if state.awaited is None else state.awaited.what
+        parts.append(f"rank {rank} waits in {where} of step {state.step} for rank {late}")
     if not parts:
         parts = [_about(rank, state) for rank, state in sorted(states.items())]
     if waiting and not blamed:
         parts.append("they wait for each other: the ranks have gone different ways")
     return "; ".join(parts)
+
+
+def _late(state: RankState, states: Mapping[int, RankState | None]) -> list[int]:
+    """The ranks that one waits for."""
+    if state.awaited is not None:
+        return [state.awaited.rank]
+    if state.waits_in is None:
+        return []
+    return [
+        other
+        for other in state.waits_in.ranks
+        if (answer := states.get(other)) is None
+        or answer.begun.get(state.waits_in.group, 0) < state.waits_in.number
+    ]
 
 
 def _about(rank: int, state: RankState | None) -> str:

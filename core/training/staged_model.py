@@ -66,6 +66,8 @@ class StagedModel:
             for piece in range(1, where.pieces)
         ]
         self._wires = Wires.connect(where, ctx, shapes, dtype)
+        self.waiting = self._wires.waiting
+        """What this stage waits for."""
         self.schedule = cache(self._make_schedule)
         """The schedule of a training step, by its number of microbatches."""
         self._metrics: tuple[str, ...] | None = None

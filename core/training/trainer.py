@@ -146,6 +146,7 @@ class Trainer:
             failures or SentenceHandler(),
             self._stop,
             ctx.describe_groups(),
+            waiting=self.model.waiting,
         )
         parallel, sharing = self.model.data_parallel, self.model.sharing
         self.optimizer = OptimizerStep(

@@ -112,6 +112,22 @@ def test_a_stopped_rank_is_named(tmp_path: Path, number: signal.Signals | None) 
 
 
 @pytest.mark.full
+def test_a_stage_says_for_which_it_waits(tmp_path: Path) -> None:
+    """torch's flight recorder does not know of the messages of a pipeline's hosts."""
+    options = ["--parallel.tp", "1", "--parallel.pp", "2", "--train.hang-timeout-seconds", "4"]
+    with ranks(tmp_path, *options) as found:
+        wait_for_step(tmp_path, found)
+        found[1].send_signal(signal.SIGSTOP)
+        _, err = found[0].communicate(timeout=30)
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert re.search(
+        r"rank 1 does not answer: .*; rank 0 waits in (the receipt of gradient for piece 0, "
+        r"microbatch [01]|sending|all_\w+ .*) of step \d+ for rank 1; if a step",
+        line,
+    ), line
+
+
+@pytest.mark.full
 def test_sigterm_to_one_rank_saves_on_all(tmp_path: Path) -> None:
     with ranks(tmp_path) as found:
         wait_for_step(tmp_path, found)

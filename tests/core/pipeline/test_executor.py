@@ -1,6 +1,9 @@
 import dataclasses
+import threading
+import time
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from core.parallel.placement import Placement, initialize_parameters
 from core.parallel.random import normal_init
 from core.parallel.sharding import Block, declared_parameters
 from core.pipeline.executor import Executor
-from core.pipeline.p2p import Mailbox, Wires
+from core.pipeline.p2p import Awaited, Mailbox, Wires, _Sender
 from core.pipeline.schedules import Edge, Kind, Message, Schedule, make_schedule
 from core.testing.distributed import WorkerError, WorkerPool
 
@@ -228,6 +231,19 @@ def test_messages_of_two_tensors(pool: WorkerPool, name: str, pp: int, dtype: to
         assert torch.equal(expected[parameter], gradient), parameter
 
 
+def test_a_message_is_freed_once_sent() -> None:
+    """Not only when the next one is."""
+    sender, message = _Sender("send"), torch.zeros(3)
+    gone = weakref.ref(message)
+    sender.submit(partial(torch.sum, message))  # type: ignore[arg-type]
+    del message
+    deadline = time.monotonic() + 5.0
+    while gone() is not None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert gone() is None
+    sender.close()
+
+
 def _in_thread_fails() -> str:
     """What a run says whose message cannot be sent."""
     ctx = ParallelContext.create(ParallelConfig(pp=2), CPU)
@@ -253,6 +269,41 @@ def _in_thread_fails() -> str:
 
 def test_what_cannot_be_sent_is_said(pool: WorkerPool) -> None:
     assert pool.run(_in_thread_fails, 2) == ["said", "said"]
+
+
+def _awaited(late: float) -> set[Awaited | None]:
+    """What each stage is seen to wait for in a step whose last stage is slow."""
+    ctx = ParallelContext.create(ParallelConfig(pp=2), CPU)
+    model, schedule = _Layers(ctx), make_schedule("1f1b", stages=2, microbatches=2)
+    buffers, wires = _buffers(model, ctx), _wires(schedule, ctx)
+    buffers.begin_step(2)
+    seen: set[Awaited | None] = set()
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.005):
+            seen.add(wires.waiting.now)
+
+    def forward(chunk: int, microbatch: int, received: Any) -> Any:
+        if not received:
+            return {"x": model(_input(microbatch))}
+        time.sleep(late)
+        return model(received["x"]).square().sum()
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    Executor(schedule, wires, buffers.deferred).run(forward)
+    over.set()
+    watcher.join()
+    assert wires.waiting.now is None
+    return seen
+
+
+def test_a_stage_knows_what_it_waits_for(pool: WorkerPool) -> None:
+    first, last = pool.run(_awaited, 2, 0.2)
+    receipt = "the receipt of gradient for piece 0, microbatch"
+    assert {Awaited(f"{receipt} 0", 1), Awaited(f"{receipt} 1", 1)} <= first
+    assert None in last  # while it sleeps
 
 
 def _wrong_width() -> None:

@@ -17,6 +17,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 from core.config.parallel import ParallelConfig
 from core.parallel.collectives import all_reduce, start_all_reduce, wait
 from core.parallel.context import ParallelContext
+from core.pipeline.p2p import Awaited
 from core.testing.distributed import WorkerPool
 from core.training import hang
 from core.training.failure import FailureBoard, Patience, SentenceHandler, Watchdog
@@ -32,6 +33,7 @@ def test_states_survive_the_store() -> None:
     for state in (
         RankState(3, "training", at("tp", (0, 1), 7), {"tp": 7, "dp": 2}),
         RankState(1, "saving"),
+        RankState(1, "training", awaited=Awaited("sending", 2)),
     ):
         assert RankState.from_json(state.to_json()) == state
 
@@ -49,6 +51,25 @@ def test_the_rank_that_did_not_come_is_blamed() -> None:
         "rank 0 waits in all_reduce number 5 over tp [0, 1] (1,200 elements) of step 7 for rank 1; "
         "rank 2 waits in all_reduce number 3 over dp [0, 2] (1,200 elements) of step 7 for rank 0; "
         "rank 3 waits in all_reduce number 3 over dp [1, 3] (1,200 elements) of step 7 for rank 1"
+    )
+
+
+def test_a_stage_that_sends_nothing_is_blamed() -> None:
+    """Rank 3 sleeps on the second stage, whose messages rank 1 waits for; 0 and 2 wait over dp."""
+    groups = {"dp [0, 1]": 2, "dp [2, 3]": 2}
+    message = Awaited("the receipt of gradient for piece 0, microbatch 4", 3)
+    states = {
+        0: RankState(7, "training", at("dp [0, 1]", (0, 1), 3), {"dp [0, 1]": 3}),
+        # A reduction that it has begun and that goes on is not what it waits for.
+        1: RankState(7, "training", at("dp [0, 1]", (0, 1), 2), groups, message),
+        2: RankState(7, "training", at("dp [2, 3]", (2, 3), 3), {"dp [2, 3]": 3}),
+        3: RankState(7, "training", None, groups),
+    }
+    assert diagnose(states) == (
+        "rank 3 is in training of step 7, and in no collective; "
+        "rank 0 waits in all_reduce number 3 over dp [0, 1] (1,200 elements) of step 7 for rank 1; "
+        "rank 1 waits in the receipt of gradient for piece 0, microbatch 4 of step 7 for rank 3; "
+        "rank 2 waits in all_reduce number 3 over dp [2, 3] (1,200 elements) of step 7 for rank 3"
     )
 
 
