@@ -44,7 +44,6 @@ from core.pipeline.memory import (
     Microbatch,
     language_model_kept,
     predict_peak,
-    stage_parameters,
     state_bytes,
 )
 from core.pipeline.schedules import Schedule, make_schedule, stage_map_for
@@ -149,13 +148,12 @@ def make_case(work: Work, config: TransformerConfig, parallel: ParallelConfig, n
     microbatch = Microbatch(
         seq_length=work.seq_length, size=work.micro_batch_size, dtype=work.precision.dtype
     )
-    tied = config.vocab_size * config.hidden_size if config.tie_embeddings else 0
     each = state_bytes(work.precision, parallel.data_parallel, 1).total
     peaks = predict_peak(
         layout,
         schedule,
         language_model_kept(config, microbatch),
-        [count * each for count in stage_parameters(layout, tied)],
+        [count * each for count in layout.stage_parameters],
         microbatch.hidden_bytes(config),
     )
     return Case(name, run, layout, schedule, tuple(peak.total for peak in peaks))

@@ -56,6 +56,8 @@ class Part:
     """Its cost when it is trained and something trainable stands before it."""
     parameters: int = 0
     """Parameters it holds."""
+    tied: int = 0
+    """How many of them are those of a table that other parts hold too."""
     frozen: bool = False
     """Not trained."""
 
@@ -93,8 +95,8 @@ def language_model_parts(
 
     Those of attention and of FP8 are counted by the time that they take, as FLOPs of a product in
     bf16 (`ATTENTION_FORWARD`, `ATTENTION_BACKWARD`, `FP8_PRODUCT`); attention's scores and values
-    have no weights. What a layer recomputes belongs to its input gradient, which waits for it. The
-    head has a copy of the table also if it is tied, since the two lie on different stages.
+    have no weights. What a layer recomputes belongs to its input gradient, which waits for it. A
+    tied table is counted in both parts that need it: as a rule they lie on different stages.
 
     Args:
         config: architecture.
@@ -108,16 +110,17 @@ def language_model_parts(
     positions = h * config.max_position_embeddings if config.position_embedding == "learned" else 0
     norm = h * _norm_vectors(config.normalization)
     head = Work(2.0 * table, 2.0 * table, 2.0 * table)
+    tied = table if config.tie_embeddings else 0
     plain = bf16_layers(precision or PrecisionConfig(), config.num_layers)
     again = recompute or RecomputeConfig()
     flops = _scores(config, seq_length, causal=causal)
     return (
-        Part(symbol="E", name="embedding", work=Work(), parameters=table + positions),
+        Part(symbol="E", name="embedding", work=Work(), parameters=table + positions, tied=tied),
         *(
             _layer(config, layer, scores, again, 1.0 if layer in plain else FP8_PRODUCT)
             for layer, scores in enumerate(flops)
         ),
-        Part(symbol="L", name="head and loss", work=head, parameters=table + norm),
+        Part(symbol="L", name="head and loss", work=head, parameters=table + norm, tied=tied),
     )
 
 

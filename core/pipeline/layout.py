@@ -51,6 +51,17 @@ class Layout:
         return tuple(totals)
 
     @property
+    def stage_parameters(self) -> tuple[int, ...]:
+        """Parameters of each stage, which holds a tied table once."""
+        where, counts = self.stage_map, []
+        for stage in range(where.stages):
+            held = [self.piece(where.piece(stage, chunk)) for chunk in range(where.chunks)]
+            parts = [part for piece in held for part in piece]
+            again = [part.tied for part in parts if part.tied][1:]
+            counts.append(sum(part.parameters for part in parts) - sum(again))
+        return tuple(counts)
+
+    @property
     def trainable(self) -> tuple[bool, ...]:
         """For each piece, whether it holds weights that take a gradient."""
         return tuple(
@@ -66,9 +77,8 @@ class Layout:
         where, costs = self.stage_map, self.stage_costs
         total, slowest = sum(costs) or 1.0, max(costs)
         rows = [("stage", "parts", "parameters", "cost", "of slowest")]
-        for stage, cost in enumerate(costs):
+        for stage, (cost, count) in enumerate(zip(costs, self.stage_parameters, strict=True)):
             held = [self.piece(where.piece(stage, chunk)) for chunk in range(where.chunks)]
-            count = sum(part.parameters for parts in held for part in parts)
             rows.append(
                 (
                     str(stage),

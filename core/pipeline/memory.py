@@ -150,19 +150,6 @@ class PeakMemory:
         return self.state + self.activations + self.messages
 
 
-def stage_parameters(layout: Layout, tied: int = 0) -> tuple[int, ...]:
-    """Parameters of each stage; `tied`: of a table that the first part and the last share, which a
-    stage that has both holds once.
-    """
-    where = layout.stage_map
-    counts = [0] * where.stages
-    for piece in range(where.pieces):
-        counts[where.stage(piece)] += sum(part.parameters for part in layout.piece(piece))
-    if where.stage(0) == where.stage(where.pieces - 1):
-        counts[where.stage(0)] -= tied
-    return tuple(counts)
-
-
 def predict_peak(
     layout: Layout,
     schedule: Schedule,

@@ -8,6 +8,7 @@ import pytest
 from core.errors import ConfigError
 from core.pipeline.costs import Part, Work, language_model_parts
 from core.pipeline.layout import Layout, balanced, expand_layout, parse_layout
+from core.pipeline.schedules import stage_map_for
 from core.pipeline.stage_map import StageMap
 from models.llama.config import PRESETS
 
@@ -183,3 +184,16 @@ def test_table() -> None:
         "stage 1 is the slowest: it alone lets all stages together be busy 75.0% of the time",
     ]
     assert "parameters" not in layout.table(parameters=False)
+
+
+def test_a_stage_holds_a_tied_table_once() -> None:
+    config = replace(PRESETS["llama3.2-1b"](), num_layers=6)
+    assert config.tie_embeddings
+    parts, table = language_model_parts(config, 2048), config.vocab_size * config.hidden_size
+    whole = sum(part.parameters for part in parts)
+    v, loop = (balanced(parts, stage_map_for(name, 2)) for name in ("zbv", "1f1b"))
+    assert sum(v.stage_parameters) == whole - table
+    assert f"{v.stage_parameters[0]:,}" in v.table()
+    assert sum(loop.stage_parameters) == whole
+    untied = language_model_parts(replace(config, tie_embeddings=False), 2048)
+    assert sum(balanced(untied, v.stage_map).stage_parameters) == whole

@@ -36,7 +36,6 @@ from core.pipeline.memory import (
     Microbatch,
     language_model_kept,
     predict_peak,
-    stage_parameters,
     state_bytes,
 )
 from core.pipeline.schedules import SCHEDULES, make_schedule, stage_map_for
@@ -284,7 +283,7 @@ def test_peaks_measured_on_a_gpu(
     config = dataclasses.replace(PRESETS["llama3-8b"](), num_layers=layers)
     layout = balanced(language_model_parts(config, 8192), StageMap(1))
     microbatch = Microbatch(seq_length=8192, tp=tp, sequence_parallel=tp > 1)
-    (count,) = stage_parameters(layout)
+    (count,) = layout.stage_parameters
     state = count / tp * state_bytes(precision, "replicated", 1).total
     schedule = make_schedule("1f1b", stages=1, microbatches=4)
     kept = language_model_kept(config, microbatch)
@@ -302,13 +301,3 @@ def test_the_working_memory_of_the_last_layers_counts() -> None:
         schedule = make_schedule(name, stages=1, microbatches=1)
         (peak,) = predict_peak(layout, schedule, kept, [7.0], 1000)
         assert (peak.state, peak.activations, peak.messages) == (7, activations, 0)
-
-
-def test_a_tied_table_on_one_stage_is_held_once() -> None:
-    parts = language_model_parts(MODEL, SEQUENCE)
-    table = MODEL.vocab_size * MODEL.hidden_size
-    whole = sum(part.parameters for part in parts)
-    v = balanced(parts, stage_map_for("zbv", 2))
-    assert sum(stage_parameters(v)) == whole
-    assert sum(stage_parameters(v, table)) == whole - table
-    assert sum(stage_parameters(balanced(parts, StageMap(2)), table)) == whole
