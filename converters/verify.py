@@ -16,7 +16,7 @@ from converters.native import check_source
 from converters.rules import Family, LogitsProbe
 from converters.source import Source, load_into, open_source
 from core.config.parallel import ParallelConfig
-from core.errors import ConversionError
+from core.errors import ConfigError, ConversionError
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
 from core.parallel.sharding import declared_parameters
@@ -85,10 +85,13 @@ def verify(
 
     Raises:
         ConversionError: the folder cannot be read, here or by `transformers`, or a process fails.
-        ConfigError: the model cannot be cut over `tp`.
+        ConfigError: the model cannot be cut over `tp`, or has fewer positions than `length`.
     """
     source = check_source(path, tp, family)
     config = source.config
+    longest = getattr(config, "max_position_embeddings", length)
+    if length > longest:
+        raise ConfigError(f"--length {length} is above the {longest} positions of {path}: lower it")
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, config.vocab_size, (batch, length), generator=generator)
     if tp == 1:

@@ -112,6 +112,14 @@ def test_a_layout_that_does_not_divide_is_refused_before_a_process_starts(tmp_pa
         verify(save_hf_model(tmp_path / "hf", "qwen2"), tp=3)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_more_tokens_than_positions_are_refused(tmp_path: Path, tp: int) -> None:
+    """Not by the failure of a process, or of transformers."""
+    folder = save_hf_model(tmp_path / "hf", "gpt2")
+    with pytest.raises(ConfigError, match="--length 129 is above the 128 positions"):
+        verify(folder, tp=tp, length=129)
+
+
 def test_a_family_must_say_how_to_verify(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="says nothing of how to verify"):
         verify(save_hf_model(tmp_path / "hf", "llama"), replace(FAMILY, probe=None))
