@@ -271,9 +271,15 @@ def _special_tokens(tokenizer: Path) -> dict[str, int | None]:
     the classes' defaults belong to other tokenizers.
     """
     found: dict[str, int | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    settings_file, tokenizer_file = (
-        tokenizer / name for name in ("tokenizer_config.json", "tokenizer.json")
+    settings_file, tokenizer_file, pieces_file = (
+        tokenizer / name for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
     )
+    if pieces_file.is_file() and not tokenizer_file.is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        pieces = SentencePieceProcessor(model_file=str(pieces_file))
+        ids = zip(found, (pieces.bos_id(), pieces.eos_id(), pieces.pad_id()), strict=True)
+        return {key: id if id >= 0 else None for key, id in ids}
     if not (settings_file.is_file() and tokenizer_file.is_file()):
         return found
     from tokenizers import Tokenizer

@@ -28,6 +28,7 @@ from core.checkpoint.index import SavedTensor, model_key
 from core.checkpoint.reader import open_checkpoint
 from core.checkpoint.writer import write_checkpoint
 from core.config.transformer import RopeConfig, TransformerConfig
+from core.data.tokenizers import train_sentencepiece
 from core.errors import CheckpointError, ConfigError, ConversionError
 from core.parallel.sharding import Box, BoxCopy
 from core.testing.disk import disk_with_room_for
@@ -244,6 +245,16 @@ def test_the_tokenizer_of_an_option_comes_along_with_its_ids(tmp_path: Path) -> 
         )
     with pytest.raises(ConfigError, match="--shard-gb is 0"):
         export_checkpoint(tmp_path / "native", tmp_path / "x", ExportOptions(shard_gb=0))
+
+
+def test_ids_of_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
+    step = scratch(tmp_path / "native", replace(PLAIN, vocab_size=280))
+    (step / "hf").mkdir()
+    text = "some words of a text, and some more of them"
+    train_sentencepiece([text], step / "hf" / "tokenizer.model", vocab_size=280)
+    out = export_checkpoint(tmp_path / "native", tmp_path / "hf")
+    written = json.loads((out / "config.json").read_text())
+    assert [written[f"{k}_token_id"] for k in ("bos", "eos", "pad")] == [1, 2, None]
 
 
 def test_a_tokenizer_that_a_run_kept_is_enough(tmp_path: Path) -> None:
