@@ -27,7 +27,7 @@ class Show:
     tokenizer: str
     """As for training: a folder, a file, a Hugging Face Hub id, or `byte`."""
     data: DataConfig = field(default_factory=DataConfig)
-    """As for training. Sample indices of corpora are kept as there."""
+    """As for training. Sample indices and rendered chats are kept as there."""
     split: Literal["train", "valid"] = "train"
     """Which set."""
     index: int = 0
@@ -90,10 +90,13 @@ def _tokens(count: int) -> str:
 
 
 def _marked(tokens: "Array", learnt: "Array", tokenizer: "Tokenizer") -> str:
-    parts = []
+    parts, read, done = [], [], ""
     for is_learnt, run in groupby(zip(tokens.tolist(), learnt, strict=True), lambda one: one[1]):
-        text = tokenizer.decode([token for token, _ in run])
-        parts.append(f"{OPEN}{text}{CLOSE}" if is_learnt else text)
+        read += [token for token, _ in run]
+        # With what stands before: alone, many tokenizers' text would lose the space at its start.
+        whole = tokenizer.decode(read)
+        parts.append(f"{OPEN}{whole[len(done) :]}{CLOSE}" if is_learnt else whole[len(done) :])
+        done = whole
     return "".join(parts)
 
 

@@ -1,10 +1,12 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from core.data.__main__ import main
+from core.data.__main__ import describe, main
 from core.data.indexed_dataset import IndexedDatasetWriter
+from core.data.tokenizers import ByteTokenizer
 from core.testing.chat_tokenizers import save_chat_tokenizer
 
 CHAT = (
@@ -25,6 +27,22 @@ def test_a_packed_sample_of_chats(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert answer in text
     assert "one⟦ two<|im_end|>⟧" in text
     assert "that nothing is learnt from" in lines[-1]
+
+
+class Pieces(ByteTokenizer):
+    """Joins words as SentencePiece does: the first loses the space before it."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(f" w{i}" for i in ids).removeprefix(" ")
+
+
+def test_spaces_before_what_is_learnt_are_seen() -> None:
+    sample = {
+        "tokens": np.array([1, 2, 3, 4]),
+        "labels": np.array([2, 3, 4, 5]),
+        "loss_mask": np.array([False, True, False, True]),
+    }
+    assert list(describe(sample, Pieces()))[-1] == "w1 w2⟦ w3⟧ w4⟦ w5⟧"
 
 
 def test_a_sample_of_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
