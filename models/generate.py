@@ -164,13 +164,23 @@ class _Job:
 
 
 def _prepare(config: GenerateConfig) -> _Job:
+    from converters.native import declared_on_rank
     from core.data.tokenizers import load_tokenizer
     from core.generation.loop import check_lengths
 
     validate_generation(config.options)
-    if config.parallel.tp < 1:
-        raise ConfigError(f"--parallel.tp is {config.parallel.tp}: it must be at least 1")
+    tp = config.parallel.tp
+    if tp < 1:
+        raise ConfigError(f"--parallel.tp is {tp}: it must be at least 1")
+    started = os.environ.get("WORLD_SIZE", str(tp))
+    if started != str(tp):
+        raise ConfigError(
+            f"--parallel.tp is {tp}, and torchrun started {started} processes: start as many, or "
+            "leave torchrun out, which this command starts itself"
+        )
     opened = open_model(Path(config.model))
+    if tp > 1:
+        declared_on_rank(opened.family, opened.config, tp, 0)  # which fails if it cannot be cut
     name = config.tokenizer or opened.tokenizer
     if name is None:
         raise ConfigError(f"{config.model} has no tokenizer with it: name one with --tokenizer")
