@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -73,6 +73,8 @@ class OpenedModel:
     """The model config."""
     assets: Path
     """Folder in which its tokenizer and generation_config.json are, if there are any."""
+    hf_config: Mapping[str, Any]
+    """Its config.json, or that of the model it was made of; empty if there is none."""
     tokenizer: str | None
     """The tokenizer that the model was trained with, as far as it is known."""
     fill: "Callable[[dict[str, DeclaredParameter]], object]"
@@ -97,6 +99,7 @@ def open_model(path: Path) -> OpenedModel:
             source.family,
             source.config,
             path,
+            source.folder.config,
             str(path) if _has_tokenizer(path) else None,
             lambda parameters: load_into(parameters, source),
         )
@@ -118,6 +121,7 @@ def open_model(path: Path) -> OpenedModel:
         family,
         config_from_json(family.config_class, reader.sections["config"]),
         assets,
+        (reader.sections.get("source") or {}).get("config") or {},
         str(assets) if _has_tokenizer(assets) else used,
         lambda parameters: load_parameters(reader, saved_parameters(parameters)),
     )
@@ -142,15 +146,19 @@ def build_model(opened: OpenedModel, ctx: "ParallelContext", dtype: "torch.dtype
     return model.eval()
 
 
-def end_tokens(opened: OpenedModel, tokenizer: "Tokenizer") -> frozenset[int]:
-    """Tokens that end a text: the tokenizer's, and those of generation_config.json."""
+def end_tokens(
+    opened: OpenedModel, tokenizer: "Tokenizer", *, chat: bool = False
+) -> frozenset[int]:
+    """Tokens that end a text: the tokenizer's, those of generation_config.json, or of config.json
+    where there is no such file, and in a chat that which the template puts after an answer (base
+    models are often tuned with one that their tokenizer does not end texts with).
+    """
     from converters.hf_io import read_json
 
-    ends = {tokenizer.eos}
-    settings = opened.assets / "generation_config.json"
-    if settings.is_file():
-        named = read_json(settings).get("eos_token_id")
-        ends.update(named if isinstance(named, list) else [named])
+    ends = {tokenizer.eos, *(tokenizer.chat_ends() if chat else ())}
+    file = opened.assets / "generation_config.json"
+    named = (read_json(file) if file.is_file() else opened.hf_config).get("eos_token_id")
+    ends.update(named if isinstance(named, list) else [named])
     return frozenset(end for end in ends if end is not None)
 
 
@@ -230,7 +238,7 @@ def run(config: GenerateConfig) -> None:
     model = build_model(job.opened, ctx, FORMATS[name])
     if not isinstance(model, GenerativeModel):
         raise ConfigError(f"the family {job.opened.family.name} generates no text")
-    ends = end_tokens(job.opened, job.tokenizer)
+    ends = end_tokens(job.opened, job.tokenizer, chat=config.chat)
     steps = generate(model, job.prompts, config.options, tp=ctx.tp, device=device, ends=ends)
     with open(os.devnull, "w") as nowhere:
         out = nowhere if ctx.world.rank else sys.stdout

@@ -35,8 +35,8 @@ class DataConfig:
     seq_length: int = 1024
     """Tokens per sample that the model sees; one more is read, for the last label."""
     cache_dir: str | None = None
-    """Where sample indices are kept from run to run; by default `cache/GPTDataset_indices` beside
-    each corpus. May be shared by all nodes or local to each."""
+    """Where sample indices and rendered chats are kept from run to run; by default in `cache`
+    beside each corpus, or the first file of chats. May be shared by all nodes or local to each."""
     mask_eod_loss: bool = False
     """Leave out of the loss what the model predicts at an end-of-document token."""
     reset_attention_mask: bool = False
@@ -143,7 +143,7 @@ def _source_is_named(config: DataConfig) -> None:
         )
 
 
-_OF_CORPORA = ("cache_dir", "mask_eod_loss", "reset_attention_mask", "keep_partial_valid")
+_OF_CORPORA = ("mask_eod_loss", "reset_attention_mask", "keep_partial_valid")
 _OF_CHATS = ("sft_valid", "sft_packing", "sft_drop_long")
 
 

@@ -119,6 +119,7 @@ class _Split:
             vocab_size=self.options.vocab_size,
             packing=self.config.sft_packing,
             drop_long=self.config.sft_drop_long,
+            cache_dir=self.config.cache_dir,
         )
         paths = expand_inputs(files, option)
         return ChatDataset(paths, self.tokenizer, self.num_samples, option, options)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,12 @@ from core.data.samples import Array
 from core.errors import DataError
 
 Message = Mapping[str, Any]
+
+NEEDED = (
+    "which messages need: take the tokenizer of a chat model, or plain text (data of prompt and "
+    "completion, generation without --chat)"
+)
+"""What to do without a chat template."""
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -39,8 +45,8 @@ class Rendered:
         return int(self.trained[1:].sum())
 
 
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Objects of a JSONL file, each with its file and line.
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Objects of a JSONL file, each with its line.
 
     Raises:
         DataError: it cannot be read, or a line is no JSON object.
@@ -51,8 +57,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, line in zip(count(chunk.first), chunk.items):
             if not line.strip():
                 continue
-            place = f"{path}:{number}"
-            yield place, json_object(line, place)
+            yield number, json_object(line, f"{path}:{number}")
 
 
 def render(record: Mapping[str, Any], tokenizer: Any) -> Rendered:
@@ -64,7 +69,7 @@ def render(record: Mapping[str, Any], tokenizer: Any) -> Rendered:
         tokenizer: a `Tokenizer`; chats need one with a chat template.
 
     Raises:
-        DataError: the record has neither, or the template cannot render it.
+        DataError: the record has neither, an answer is absent, or the template cannot render it.
     """
     prompt, completion = record.get("prompt"), record.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -80,6 +85,12 @@ def render(record: Mapping[str, Any], tokenizer: Any) -> Rendered:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"message {number} is no object with a role")
+        if (
+            message["role"] == "assistant"
+            and message.get("content") is None
+            and not message.get("tool_calls")
+        ):
+            raise DataError(f"message {number} is an answer without content")
     rendered: Rendered = tokenizer.chat(messages, record.get("tools"))
     return rendered
 
@@ -102,10 +113,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, name: str) -> None:
         self._tokenizer, self._name = tokenizer, name
         if not tokenizer.chat_template:
-            raise DataError(
-                f"--tokenizer {name} has no chat template: take the tokenizer of a chat model, or "
-                "data of prompt and completion"
-            )
+            raise DataError(f"--tokenizer {name} has no chat template, {NEEDED}")
         if not tokenizer.is_fast:
             raise DataError(
                 f"--tokenizer {name} does not tell which characters a token stands for: take one "
@@ -124,12 +132,24 @@ class ChatTemplate:
         text = self._text(messages, None, add_generation_prompt=True)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def end(self) -> int:
+        """The token that ends an answer, which need not be the tokenizer's end of a sequence.
+
+        Raises:
+            DataError: see `render`.
+        """
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        probe = self.render(chat)
+        place = self._end_among(probe.tokens.tolist(), np.flatnonzero(probe.trained).tolist())
+        assert place is not None, "render sees to it"
+        return int(probe.tokens[place])
+
     def render(self, messages: Sequence[Message], tools: Any = None) -> Rendered:
         """Tokens of a whole chat, and which of them are answers.
 
         Raises:
-            DataError: the template refuses it, or does not tell where the answers are, or ends them
-                with nothing that a model could learn to stop by.
+            DataError: the template refuses it, leaves out a part of an answer, does not tell where
+                the answers are, or ends them with nothing that a model could learn to stop by.
         """
         template = self._tokenizer.get_chat_template(tools=tools)
         if _GENERATION_TAG.search(template):
@@ -170,21 +190,11 @@ class ChatTemplate:
 
     def _compared(self, messages: Sequence[Message], tools: Any) -> tuple[list[int], list[bool]]:
         whole = self._text(messages, tools)
-        spans = []
-        for place, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = ""
-            if place:
-                before = self._text(messages[:place], tools, add_generation_prompt=True)
-            after = self._text(messages[: place + 1], tools)
-            if not (after.startswith(before) and whole.startswith(after)):
-                raise DataError(
-                    f"the chat template of {self._name} renders messages otherwise when others "
-                    f"follow (message {place + 1}), so that answers cannot be found by comparison: "
-                    "put them between {% generation %} and {% endgeneration %} in the template"
-                )
-            spans.append((len(before), len(after)))
+        spans = [
+            self._span(whole, messages, place, tools)
+            for place, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
         encoded = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         tokens, trained = list(encoded["input_ids"]), [False] * len(encoded["input_ids"])
         for first, end in spans:
@@ -195,11 +205,69 @@ class ChatTemplate:
                 if start < end and stop > first
             ]
             # What the template puts after the end of an answer is not the model's to say.
-            ends = [place for place in inside if tokens[place] == self._eos]
-            last = ends[-1] if ends else max(inside, default=-1)
+            last = self._end_among(tokens, inside)
             for place in inside:
-                trained[place] = place <= last
+                trained[place] = last is None or place <= last
         return tokens, trained
+
+    def _span(
+        self, whole: str, messages: Sequence[Message], place: int, tools: Any
+    ) -> tuple[int, int]:
+        """Where in the text of a whole chat the answer of message `place` begins and ends."""
+        before = ""
+        if place:
+            before = self._text(messages[:place], tools, add_generation_prompt=True)
+        after = self._text(messages[: place + 1], tools)
+        end: int | None = len(after)
+        if not whole.startswith(after):
+            end = self._end_in_history(whole, after, messages, place, tools)
+        if end is None or not (after.startswith(before) and whole.startswith(before)):
+            raise DataError(
+                f"the chat template of {self._name} renders messages otherwise when others "
+                f"follow (message {place + 1}), so that answers cannot be found by comparison: "
+                "put them between {% generation %} and {% endgeneration %} in the template"
+            )
+        for part, text in _beside_content(messages[place]):
+            if text not in whole[len(before) : end]:
+                raise DataError(
+                    f"the chat template of {self._name} leaves out the {part} of message "
+                    f"{place + 1}, which would not be learnt: remove it, or take a template that "
+                    "renders it"
+                )
+        return len(before), end
+
+    def _end_in_history(
+        self, whole: str, after: str, messages: Sequence[Message], place: int, tools: Any
+    ) -> int | None:
+        """Where an answer ends that has something before its content only as long as nothing
+        follows (Qwen3's thoughts, empty ones too). None if the content is not all there.
+
+        What follows the content is found by rendering another one in its place.
+        """
+        content = messages[place].get("content")
+        if not isinstance(content, str):
+            return None
+        other = {**messages[place], "content": "0" if content.endswith("1") else "1"}
+        until = [*messages[:place], other]
+        rest = _common_end(whole, self._text([*until, *messages[place + 1 :]], tools))
+        tail = _common_end(after, self._text(until, tools))
+        stop = len(whole) - len(rest)
+        if whole[:stop].rstrip().endswith(content.strip()) and whole.startswith(tail, stop):
+            return stop + len(tail)
+        return None
+
+    def _end_among(self, tokens: Sequence[int], places: Sequence[int]) -> int | None:
+        """The place of the token that ends an answer: the last end of a sequence, else the last
+        special token, if nothing but white space comes after it.
+        """
+        ends = [place for place in places if tokens[place] == self._eos]
+        if ends:
+            return ends[-1]
+        special = [place for place in places if tokens[place] in self._special]
+        if not special:
+            return None
+        rest = [tokens[place] for place in places if place > special[-1]]
+        return None if self._tokenizer.decode(rest).strip() else special[-1]
 
     def _train_ends(self, tokens: list[int], trained: list[bool]) -> None:
         """Train the end of a sequence that follows an answer, if the template's tags leave it out;
@@ -213,10 +281,25 @@ class ChatTemplate:
             if is_trained:
                 first = place if first is None else first
             elif first is not None:
-                if not self._special.intersection(tokens[first:place]):
+                if self._end_among(tokens, range(first, place)) is None:
                     raise DataError(
                         f"the chat template of {self._name} ends an answer with no special token, "
                         "so that a model would never learn to stop: let it put one there, and "
                         "inside of {% generation %} if it has that"
                     )
                 first = None
+
+
+def _beside_content(message: Message) -> Iterator[tuple[str, str]]:
+    """What an answer says beside its content: a name for it, and text that must be seen of it."""
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        if isinstance(message.get(key), str):
+            yield key, message[key].strip()
+    for call in message.get("tool_calls") or []:
+        name = call.get("function", call).get("name") if isinstance(call, dict) else None
+        yield "tool_calls", name if isinstance(name, str) else ""
+
+
+def _common_end(a: str, b: str) -> str:
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(a), reversed(b), strict=False))
+    return a[len(a) - sum(1 for _ in same) :]

@@ -20,7 +20,8 @@ import numpy as np
 from core.data.samples import Array
 from core.errors import DataError
 
-Layout = Mapping[str, tuple[np.dtype[np.generic], tuple[int, ...]]]
+Layout = Mapping[str, tuple[np.dtype[np.generic], tuple[int | None, ...]]]
+"""Key to dtype and shape; a size that is not known before the array is built is None."""
 
 
 def cached_arrays(
@@ -81,7 +82,9 @@ def _load(directory: Path, stem: str, layout: Layout) -> dict[str, Array] | None
             array = np.load(directory / f"{stem}-{key}.npy", mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None  # absent or damaged: it is built anew
-        if array.dtype != dtype or array.shape != shape:
+        sizes = zip(shape, array.shape, strict=True)
+        fits = array.ndim == len(shape) and all(want in (None, size) for want, size in sizes)
+        if array.dtype != dtype or not fits:
             return None
         arrays[key] = array
     return arrays

@@ -4,16 +4,19 @@ Nothing heavy is imported until a tokenizer is loaded. No special token is added
 documents are set apart by `eod`, which preprocessing appends.
 """
 
+import hashlib
 import io
 import itertools
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from core.data.chat import ChatTemplate, Message, Rendered
+from core.data.chat import NEEDED, ChatTemplate, Message, Rendered
 from core.errors import DataError
 
 _LONGEST_LINE = 1 << 30
@@ -34,6 +37,10 @@ class Tokenizer(Protocol):
     """End of sequence."""
     pad: int | None
     """Padding."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one for every tokenizer that makes other tokens of some text or chat."""
 
     @property
     def eod(self) -> int:
@@ -67,6 +74,9 @@ class Tokenizer(Protocol):
         Raises:
             DataError: likewise.
         """
+
+    def chat_ends(self) -> frozenset[int]:
+        """Tokens that the template ends an answer with; none where it does not tell."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`."""
@@ -109,20 +119,21 @@ class _NoTemplate:
 
     def chat(self, messages: Sequence[Message], tools: Any = None) -> Rendered:
         """Raise a DataError."""
-        raise DataError(
-            f"--tokenizer {self.name} has no chat template: take the tokenizer of a chat model, or "
-            "data of prompt and completion"
-        )
+        raise DataError(f"--tokenizer {self.name} has no chat template, {NEEDED}")
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Raise a DataError."""
         return self.chat(messages).tokens.tolist()
 
+    def chat_ends(self) -> frozenset[int]:
+        """None."""
+        return frozenset()
+
 
 class ByteTokenizer(_NoTemplate):
     """UTF-8 bytes as they are, and one more token between documents."""
 
-    name = "byte"
+    name = fingerprint = "byte"
     vocab_size = 257
     eod = 256
     bos: int | None = None
@@ -164,6 +175,19 @@ class HuggingFaceTokenizer:
         self.eos: int | None = self._tokenizer.eos_token_id
         self.pad: int | None = self._tokenizer.pad_token_id
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the files that it would be saved as, chat template among them, and the library."""
+        from transformers import __version__
+
+        digest = hashlib.sha256(__version__.encode())
+        with tempfile.TemporaryDirectory() as folder:
+            self._tokenizer.save_pretrained(folder)
+            for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+                digest.update(path.relative_to(folder).as_posix().encode())
+                digest.update(path.read_bytes())
+        return digest.hexdigest()
+
     @property
     def eod(self) -> int:
         """The end-of-sequence token.
@@ -192,16 +216,17 @@ class HuggingFaceTokenizer:
         return list(ids)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of `text` after the special tokens that the tokenizer puts before a text; those that
-        it puts at an end are left out.
+        """Ids of `text` after the special tokens that the tokenizer puts before a text, an empty
+        one too; those that it puts at an end are left out.
         """
-        before = list(self._tokenizer("", verbose=False)["input_ids"])
-        whole = list(self._tokenizer(text, verbose=False)["input_ids"])
-        plain = self.encode(text)
-        for count in range(len(before) + 1):
-            if whole[: count + len(plain)] == before[:count] + plain:
-                return before[:count] + plain
-        return plain
+        return [*self._before_text, *self.encode(text)]
+
+    @cached_property
+    def _before_text(self) -> list[int]:
+        plain, whole = self.encode("a"), list(self._tokenizer("a", verbose=False)["input_ids"])
+        starts = range(len(whole) - len(plain) + 1)
+        found = (start for start in starts if whole[start : start + len(plain)] == plain)
+        return whole[: next(found, 0)]
 
     @cached_property
     def _template(self) -> ChatTemplate:
@@ -214,6 +239,12 @@ class HuggingFaceTokenizer:
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a chat up to where the next answer begins."""
         return self._template.prompt(messages)
+
+    def chat_ends(self) -> frozenset[int]:
+        """The token that the template ends an answer with, if it has one."""
+        with suppress(DataError):
+            return frozenset({self._template.end()})
+        return frozenset()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included."""
@@ -261,6 +292,11 @@ class SentencePieceTokenizer(_NoTemplate):
         self.pad = _present(self._model.pad_id())
 
     @property
+    def fingerprint(self) -> str:
+        """Of the model."""
+        return hashlib.sha256(self._model.serialized_model_proto()).hexdigest()
+
+    @property
     def eod(self) -> int:
         """The end-of-sequence piece.
 
@@ -282,8 +318,8 @@ class SentencePieceTokenizer(_NoTemplate):
         return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`."""
-        return str(self._model.decode(list(ids)))
+        """Text of the pieces among `ids`: a model may have more rows than there are pieces."""
+        return str(self._model.decode([i for i in ids if i < self.vocab_size]))
 
 
 def train_sentencepiece(

@@ -19,10 +19,14 @@ CHATML_TAGGED = (
 
 
 def save_chat_tokenizer(
-    folder: Path, template: str | None = CHATML, texts: Sequence[str] = ("hello world",)
+    folder: Path,
+    template: str | None = CHATML,
+    texts: Sequence[str] = ("hello world",),
+    *,
+    eos_token: str = "<|im_end|>",
 ) -> Path:
-    """Save a byte-level BPE tokenizer of 290 tokens at most, learnt from `texts`, whose texts end
-    with `<|im_end|>`.
+    """Save a byte-level BPE tokenizer of 290 tokens at most, learnt from `texts`. Special tokens
+    are `<|im_start|>` and `<|im_end|>`; texts end with one of them.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -39,8 +43,8 @@ def save_chat_tokenizer(
     raw.train_from_iterator(list(texts) * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw,
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
+        eos_token=eos_token,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
     )
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)

@@ -1,5 +1,6 @@
 """Generation against `transformers`, at several tp, from Hugging Face folders and checkpoints."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from core.data.tokenizers import load_tokenizer
 from core.errors import DamagedCheckpointError
 from core.generation.loop import GenerativeModel, generate
 from core.parallel.context import ParallelContext
+from core.testing.chat_tokenizers import save_chat_tokenizer
 from core.testing.distributed import WorkerPool
 from core.testing.hf_models import VARIANTS, save_hf_model, tiny_hf_model
 from models.generate import build_model, end_tokens, main, open_model
@@ -156,6 +158,26 @@ def test_ends_of_tokenizer_and_generation_config(folder: Path, tmp_path: Path) -
     assert end_tokens(opened, tokenizer) == {2, 7}
     (folder / "generation_config.json").unlink()
     assert end_tokens(opened, tokenizer) == {2}
+    # As transformers does, from config.json alone if there is nothing else.
+    named = dataclasses.replace(opened, hf_config={"eos_token_id": [5, 6]})
+    assert end_tokens(named, tokenizer) == {2, 5, 6}
+
+
+def test_a_chat_ends_as_its_template_says(folder: Path, tmp_path: Path) -> None:
+    chat = load_tokenizer(str(save_chat_tokenizer(tmp_path, eos_token="<|im_start|>")))
+    start, end = (chat.encode(text)[0] for text in ("<|im_start|>", "<|im_end|>"))
+    opened = dataclasses.replace(open_model(folder), hf_config={})
+    assert end_tokens(opened, chat) == {start}
+    assert end_tokens(opened, chat, chat=True) == {start, end}
+
+
+def test_processes_of_torchrun_must_be_as_many_as_tp(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        main(["--model", str(folder), "--prompt", "w3"])
+    assert "--parallel.tp is 1, and torchrun started 2 processes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -166,6 +188,7 @@ def test_ends_of_tokenizer_and_generation_config(folder: Path, tmp_path: Path) -
         (["--max-tokens", "127"], "prompt 1 has 2 tokens, and 127 more"),
         (["--top-k", "3"], "--top-k 3 does nothing"),
         (["--parallel.tp", "0"], "--parallel.tp is 0"),
+        (["--parallel.tp", "3"], "num_attention_heads 8 cannot be divided over tp 3"),
         (["--tokenizer", "byte"], "gives token 119, but the model has a vocabulary of 67"),
         (["--prompt", ""], "prompt 1 has no token"),
         (["--prompt-file", "x"], "--prompt-file"),

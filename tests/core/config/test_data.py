@@ -19,7 +19,6 @@ from core.errors import ConfigError
             "--data.mask-eod-loss does nothing with --data",
         ),
         (DataConfig(sft=("a",), reset_attention_mask=True), "--data.reset-attention-mask does"),
-        (DataConfig(sft=("a",), cache_dir="c"), "--data.cache-dir does nothing with --data.sft"),
         (DataConfig(sft=("a",), split="9,1"), "--data.split 9,1 does nothing"),
         (DataConfig(train=("a",), sft_valid=("b",)), "--data.sft-valid does nothing without"),
         (DataConfig(train=("a",), sft_packing=False), "--data.no-sft-packing does nothing without"),

@@ -25,7 +25,9 @@ def _write(path: Path, lengths: list[int]) -> Path:
     return path
 
 
-def _open(path: Path, num_samples: int = 1, **changes: Any) -> ChatDataset:
+def _open(
+    path: Path, num_samples: int = 1, tokenizer: ByteTokenizer = TOKENIZER, **changes: Any
+) -> ChatDataset:
     options = {
         "seq_length": 16,
         "seed": 5,
@@ -34,7 +36,7 @@ def _open(path: Path, num_samples: int = 1, **changes: Any) -> ChatDataset:
         "drop_long": False,
         **changes,
     }
-    return ChatDataset([path], TOKENIZER, num_samples, "--data.sft", ChatOptions(**options))
+    return ChatDataset([path], tokenizer, num_samples, "--data.sft", ChatOptions(**options))
 
 
 LENGTHS = [5, 9, 17, 3, 8, 4, 12, 6, 7, 3, 3]
@@ -100,6 +102,56 @@ def test_without_packing_a_chat_is_a_sample(tmp_path: Path) -> None:
         assert int(sample["loss_mask"].sum()) == LENGTHS[chat] - 1
 
 
+class Counting(ByteTokenizer):
+    """Notes how many texts it is asked for."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def encode(self, text: str) -> list[int]:
+        self.calls += 1
+        return super().encode(text)
+
+
+def test_chats_are_rendered_once_for_all_processes_and_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, tokenizer = _write(tmp_path / "c.jsonl", LENGTHS), Counting()
+
+    def rendered(**options: Any) -> int:
+        before = tokenizer.calls
+        _open(path, tokenizer=tokenizer, **options)
+        return tokenizer.calls - before
+
+    every = 2 * len(LENGTHS)  # prompt and completion
+    assert rendered() == every
+    assert rendered() == rendered(seed=3) == rendered(seq_length=20, packing=False) == 0
+    assert (tmp_path / "cache" / "ChatDataset_indices").is_dir()
+    assert rendered(cache_dir=str(tmp_path / "other")) == every
+    tokenizer.fingerprint = "changed"
+    assert rendered() == every
+    changed = path.read_text().replace("a", "b")
+    path.write_text(changed)
+    assert rendered() == every
+    for file in (tmp_path / "cache").rglob("*-tokens.npy"):
+        file.write_bytes(file.read_bytes()[:-4])
+    assert rendered() == every
+    assert rendered() == 0
+    # Another version of the code does not take what an older one kept.
+    monkeypatch.setattr("core.data.chat_dataset.inspect.getsource", lambda module: "")
+    assert rendered() == every
+
+
+def test_what_a_loader_process_is_sent(tmp_path: Path) -> None:
+    """Not the chats, which it maps itself."""
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "completion": "b" * 100_000}) + "\n")
+    dataset = _open(path, seq_length=100_001)
+    sent = pickle.dumps(dataset)
+    assert len(sent) < 10_000
+    assert np.array_equal(pickle.loads(sent)[0]["labels"], dataset[0]["labels"])
+
+
 def test_what_the_order_follows_from(tmp_path: Path) -> None:
     path = _write(tmp_path / "c.jsonl", LENGTHS)
     order = _open(path).order
@@ -115,7 +167,11 @@ def test_what_the_order_follows_from(tmp_path: Path) -> None:
 
 def test_a_chat_that_would_be_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = _write(tmp_path / "c.jsonl", [5, 18, 17])
-    with pytest.raises(DataError, match=r"c\.jsonl:2: its 17 tokens do not fit in .*-length 16"):
+    message = (
+        r"c\.jsonl:2: its 17 tokens do not fit in .*-length 16, .* \(1 of 3 chats are too long, "
+        r"and the longest needs 17\)"
+    )
+    with pytest.raises(DataError, match=message):
         _open(path)
     with caplog.at_level(logging.WARNING):
         dataset = _open(path, drop_long=True, packing=False)
@@ -142,7 +198,8 @@ def test_a_chat_without_answer(tmp_path: Path) -> None:
 
 
 def test_tokens_outside_the_vocabulary(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds token 256, but the vocabulary has 256"):
+    message = r"c\.jsonl:1: it holds token 256, but the vocabulary has 256"
+    with pytest.raises(DataError, match=message):
         _open(_write(tmp_path / "c.jsonl", LENGTHS), vocab_size=256)
 
 

@@ -1,9 +1,10 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from core.data.tokenizers import ByteTokenizer, load_tokenizer, train_sentencepiece
@@ -59,6 +60,22 @@ def test_hugging_face(hf_folder: Path) -> None:
     assert tokenizer.encode_batch([]) == []
 
 
+@pytest.mark.parametrize(
+    ("template", "before"), [("$A", []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", [])]
+)
+def test_special_tokens_before_a_prompt(
+    hf_folder: Path, tmp_path: Path, template: str, before: list[int]
+) -> None:
+    """Those that come before a text, an empty one too, and none that end it."""
+    raw = RawTokenizer.from_file(str(hf_folder / "tokenizer.json"))
+    special = [("<s>", 0), ("</s>", 1)]
+    raw.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    raw.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    for text in (TEXT, " a", ""):
+        assert tokenizer.encode_prompt(text) == [*before, *tokenizer.encode(text)]
+
+
 def test_tokenizer_json_takes_its_special_tokens_from_beside_it(
     hf_folder: Path, tmp_path: Path
 ) -> None:
@@ -79,11 +96,23 @@ def test_sentencepiece(sentencepiece_model: Path, tmp_path: Path) -> None:
     assert tokenizer.vocab_size == 330
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.eod) == (1, 2, None, 2)
     assert max(ids) < 330
+    assert tokenizer.decode([*ids, 330, 400]) == TEXT  # rows of a model without a piece
     assert tokenizer.encode_batch([TEXT, ""]) == [ids, []]
     folder = tmp_path / "original"
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
     assert load_tokenizer(str(folder)).encode(TEXT) == ids
+
+
+def test_fingerprints(hf_folder: Path, sentencepiece_model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(hf_folder, tmp_path / "copy")
+    found = load_tokenizer(str(copy)).fingerprint
+    assert found == load_tokenizer(str(hf_folder)).fingerprint
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    pieces = tmp_path / "other.model"
+    train_sentencepiece([TEXT] * 50, pieces, vocab_size=320)
+    others = [str(copy), str(sentencepiece_model), str(pieces), "byte"]
+    assert len({found, *(load_tokenizer(other).fingerprint for other in others)}) == 5
 
 
 def test_unigram(tmp_path: Path) -> None:
