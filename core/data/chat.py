@@ -6,10 +6,11 @@ messages up to an answer is compared with that of the whole chat.
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, takewhile
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -301,5 +302,7 @@ def _beside_content(message: Message) -> Iterator[tuple[str, str]]:
 
 
 def _common_end(a: str, b: str) -> str:
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(a), reversed(b), strict=False))
-    return a[len(a) - sum(1 for _ in same) :]
+    """The longest text that both end with."""
+    lengths = range(1, min(len(a), len(b)) + 1)
+    length = bisect_left(lengths, True, key=lambda n: a[-n:] != b[-n:])
+    return a[len(a) - length :]
