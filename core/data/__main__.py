@@ -90,14 +90,19 @@ def _tokens(count: int) -> str:
 
 
 def _marked(tokens: "Array", learnt: "Array", tokenizer: "Tokenizer") -> str:
+    # Some tokenizers give an end no text. Whether it is learnt must be seen all the same.
+    silent = {end for end in (tokenizer.eos,) if end is not None and not tokenizer.decode([end])}
+    pairs = zip(tokens.tolist(), learnt.tolist(), strict=True)
     parts, read, done = [], [], ""
-    for is_learnt, run in groupby(zip(tokens.tolist(), learnt, strict=True), lambda one: one[1]):
-        read += [token for token, _ in run]
+    for (is_learnt, is_silent), run in groupby(pairs, lambda one: (one[1], one[0] in silent)):
+        new = [token for token, _ in run]
+        read += new
         # With what stands before: alone, many tokenizers' text would lose the space at its start.
         whole = tokenizer.decode(read)
-        parts.append(f"{OPEN}{whole[len(done) :]}{CLOSE}" if is_learnt else whole[len(done) :])
+        text = "".join(f"<{token}>" for token in new) if is_silent else whole[len(done) :]
+        parts.append(f"{OPEN}{text}{CLOSE}" if is_learnt else text)
         done = whole
-    return "".join(parts)
+    return "".join(parts).replace(CLOSE + OPEN, "")
 
 
 @exit_on_user_error()

@@ -55,12 +55,12 @@ def test_a_sample_of_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     plain = capsys.readouterr().out.splitlines()
     assert plain[0] == "sample 0 of 1 of the train set: 8 tokens, 8 of them learnt, in 1 document"
     assert plain[1] == "--- document 1: 9 tokens, 8 of them learnt"
-    assert plain[2] in ("a⟦bcdefg⟧", "d⟦efgabc⟧")
+    assert plain[2] in ("a⟦bc<256>defg<256>⟧", "d⟦efg<256>abc<256>⟧")
     main(["show", "--tokenizer", "byte", *options, "--data.reset-attention-mask"])
     apart = capsys.readouterr().out
     assert "in 2 documents" in apart
-    assert "a⟦bc⟧" in apart
-    assert "d⟦efg⟧" in apart
+    assert "a⟦bc<256>⟧" in apart
+    assert "d⟦efg<256>⟧" in apart
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
