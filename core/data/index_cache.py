@@ -66,7 +66,7 @@ def cached_arrays(
                 file.write(description.encode())
     except OSError as error:
         raise DataError(
-            f"cannot keep a sample index in {directory} ({error.strerror or error}): name a "
+            f"cannot keep prepared data in {directory} ({error.strerror or error}): name a "
             "directory with room and write access with --data.cache-dir"
         ) from error
     # Mapped rather than kept, so that the processes of a node share the memory.

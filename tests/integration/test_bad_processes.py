@@ -80,7 +80,7 @@ def test_a_full_disk_under_the_sample_index(terminal: Terminal) -> None:
     options = [*RUN, "--data.train", "corpus", "--save", "out"]
     with disk_with_room_for(300):
         sentence = terminal.refused(TRAIN, *options)
-    assert "cannot keep a sample index in cache" in sentence
+    assert "cannot keep prepared data in cache" in sentence
     assert terminal.run(TRAIN, *options)[0] == 0
 
 

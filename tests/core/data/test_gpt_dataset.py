@@ -216,7 +216,7 @@ def test_a_pickled_data_set_reopens_its_files(prefix: Path) -> None:
 def test_an_unwritable_cache_names_the_option(prefix: Path) -> None:
     (prefix.parent / "file").write_text("")
     options = replace(OPTIONS, cache_dir=str(prefix.parent / "file" / "cache"))
-    with pytest.raises(DataError, match=r"cannot keep a sample index in .*--data.cache-dir"):
+    with pytest.raises(DataError, match=r"cannot keep prepared data in .*--data.cache-dir"):
         open_dataset(prefix, options=options)
 
 
