@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from core.config.parallel import TpOverlap
 from core.data_parallel.main_grad import accumulate_sum, put_off
 from core.errors import ConfigError
-from core.layers.overlap import OVERLAPS, Product, gather, start_gather
-from core.layers.products import PLAIN, Cut, Factor, Products
+from core.layers.overlap import OVERLAPS
+from core.layers.products import PLAIN, Cut, Factor, Product, Products, gather, start_gather
 from core.parallel.collectives import (
     all_reduce,
     start_all_reduce,

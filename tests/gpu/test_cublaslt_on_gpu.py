@@ -23,7 +23,7 @@ from core.kernels.fp8 import (
     scale_of_whole,
     scaled_product,
 )
-from core.layers.products import Fp8Products
+from core.layers.fp8_products import Fp8Products
 from core.parallel.context import Axis
 
 pytestmark = pytest.mark.gpu
