@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from core.config.transformer import TransformerConfig
-from core.kernels.attention import AttentionDropout, AttentionMask, AttentionPattern, attention
+from core.kernels.attention import attention
+from core.kernels.attention_pattern import AttentionDropout, AttentionPattern
 from core.kernels.elementwise import rotary
+from core.kernels.masked_attention import AttentionMask
 from core.layers.forward_info import ForwardInfo
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.parallel.placement import Placement

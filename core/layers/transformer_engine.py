@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from core.config.transformer import TransformerConfig
 from core.data_parallel.derived import derived
 from core.data_parallel.main_grad import put_off, say_ready
-from core.kernels.attention import AttentionMask, mask_generator
+from core.kernels.attention import mask_generator
+from core.kernels.masked_attention import AttentionMask
 from core.layers.attention import CoreAttention
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.norm import LayerNorm, RMSNorm, declare_norm

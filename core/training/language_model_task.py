@@ -26,7 +26,8 @@ from core.config.transformer import (
 from core.data.builder import Datasets, build_datasets
 from core.data.loader import Batch
 from core.data.tokenizers import Tokenizer
-from core.kernels.attention import Documents, chosen_kernel
+from core.kernels.attention import chosen_kernel
+from core.kernels.masked_attention import Documents
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
 from core.parallel.random import DropoutKey
