@@ -1,5 +1,6 @@
-"""Token embedding and output head, both cut over the vocabulary, and the table of learned
-positions. Legend: b batch, s sequence, v local rows, h width.
+"""Token embedding and output head, both cut over the vocabulary.
+
+Legend: b batch, s sequence, v local rows, h width.
 """
 
 from typing import Any
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from core.data_parallel.main_grad import accumulate_rows
-from core.errors import ConfigError
 from core.kernels.cross_entropy import VocabSlice
 from core.kernels.embedding import look_up
 from core.layers.linear import Kind, Plan, parallel_linear
@@ -20,7 +20,6 @@ from core.parallel.sharding import (
     GradKind,
     declare_parameter,
     split_vocab,
-    whole_copy,
 )
 
 
@@ -38,6 +37,14 @@ class _Lookup(torch.autograd.Function):
             return None, None, None
         (rows,) = ctx.saved_tensors
         return None, accumulate_rows(ctx.weight, rows.flatten(), grads[0].flatten(0, -2)), None
+
+
+def table_rows(tokens: Tensor, weight: nn.Parameter, first: int = 0) -> Tensor:
+    """`[..., h]` of a table `[v, h]` for int64 `[...]`, counted from `first`; zeros for what it
+    does not have.
+    """
+    out: Tensor = _Lookup.apply(tokens, weight, first)
+    return out
 
 
 def vocab_parallel_parameter(
@@ -103,57 +110,9 @@ class VocabParallelEmbedding(nn.Module):
         Returns:
             `[s, b, h]`, or `[s / tp, b, h]` under sequence parallelism.
         """
-        hidden = _Lookup.apply(tokens.t().contiguous(), self.weight, self.part.first)
+        hidden = table_rows(tokens.t().contiguous(), self.weight, self.part.first)
         reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from
         return reduce(hidden, self.part.axis)
-
-
-class LearnedPositions(nn.Module):
-    """Table of position vectors, whole on every tp rank (Radford et al., "GPT", 2018)."""
-
-    def __init__(self, place: Placement, positions: int, hidden_size: int, *, init: Init) -> None:
-        """Declare the table `[positions, hidden_size]`."""
-        super().__init__()
-        self.ctx, self.positions, shape = place.ctx, positions, (positions, hidden_size)
-        # Under sequence parallelism each rank looks up the positions of its own part of the
-        # sequence.
-        grad: GradKind = "partial" if place.ctx.sequence_parallel else "same"
-        self.weight = declare_parameter(
-            self,
-            "weight",
-            shape,
-            Declaration(shape, whole_copy(shape, grad), init),
-            dtype=place.dtype,
-            device=place.device,
-        )
-
-    def forward(self, length: int, positions: Tensor | None = None) -> Tensor:
-        """The vectors to be added to those of a sequence's tokens. No communication.
-
-        Args:
-            length: s of the whole sequence.
-            positions: int64 `[s]` or `[b, s]`; 0 to s - 1 by default, which a packed sequence and
-                a piece of a longer one are not.
-
-        Returns:
-            `[s, 1, h]` or `[s, b, h]`; under sequence parallelism this rank's s / tp of them.
-
-        Raises:
-            ConfigError: the sequence is longer than the table. (Given positions are not looked at,
-                since they may be on a GPU.)
-        """
-        if length > self.positions:
-            raise ConfigError(
-                f"a sequence of {length} tokens is longer than the model's {self.positions} "
-                "learned positions: shorten it"
-            )
-        if positions is None:
-            positions = torch.arange(length, device=self.weight.device)
-        if self.ctx.sequence_parallel:
-            positions = positions.chunk(self.ctx.tp.size, dim=-1)[self.ctx.tp.rank]
-        rows = positions[:, None] if positions.dim() == 1 else positions.t().contiguous()
-        out: Tensor = _Lookup.apply(rows, self.weight, 0)
-        return out
 
 
 class VocabParallelHead(nn.Module):

@@ -19,8 +19,9 @@ from core.generation.cache import KeyValueCache
 from core.kernels.cross_entropy import vocab_parallel_cross_entropy
 from core.kernels.masked_attention import Documents
 from core.layers.dropout import Dropout
-from core.layers.embedding import LearnedPositions, VocabParallelEmbedding, VocabParallelHead
+from core.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 from core.layers.forward_info import ForwardInfo
+from core.layers.positions import LearnedPositions
 from core.layers.rotary import RotaryEmbedding
 from core.parallel.collectives import gather_last
 from core.parallel.placement import Placement
