@@ -1,10 +1,9 @@
-"""Sharing groups, and what follows from them: gradient sums inside a model replica, the gradient
-norm, and the check that copies agree.
+"""Sharing groups, and what follows from them: gradient sums inside a model replica, and the
+gradient norm.
 
 Ranks that hold the same box of a parameter form its sharing group; the lowest is its owner.
 """
 
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,9 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.data_parallel.regions import Fragment, Region
-from core.errors import TrainingError
 from core.kernels.reduction import sum_of_squares
-from core.parallel.collectives import all_reduce
+from core.parallel.collectives import all_gather_objects, all_reduce
 from core.parallel.context import Axis, ParallelContext
 from core.parallel.sharding import Box, BoxCopy, DeclaredParameter, GradKind, local_boxes
 
@@ -74,7 +72,7 @@ def publish_sharing(parameters: dict[str, DeclaredParameter], ctx: ParallelConte
     holders: dict[tuple[str, Box], list[int]] = defaultdict(list)
     kinds: dict[tuple[str, Box], GradKind] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for rank, published in zip(ctx.model.ranks, _all_gather(mine, ctx.model), strict=True):
+    for rank, published in zip(ctx.model.ranks, all_gather_objects(mine, ctx.model), strict=True):
         for name, shape, box, kind in published:
             holders[name, box].append(rank)
             if (
@@ -91,19 +89,11 @@ def publish_sharing(parameters: dict[str, DeclaredParameter], ctx: ParallelConte
     )
     # Groups are made by all processes together, for every replica in one list.
     partial = {tuple(holders[key]) for key, kind in kinds.items() if kind == "partial"}
-    everywhere = set().union(*_all_gather(partial, ctx.world)) if ctx.world.size > 1 else set()
+    everywhere = set().union(*all_gather_objects(partial, ctx.world))
     groups = ctx.new_groups(sorted(everywhere))
     rank = ctx.model.ranks[ctx.model.rank]
     own = {ranks: group for ranks, group in groups.items() if rank in ranks and group is not None}
     return Sharing(rank, boxes, sum(map(math.prod, shapes.values())), own)
-
-
-def _all_gather(mine: Any, axis: Axis) -> list[Any]:
-    if axis.group is None:
-        return [mine]
-    gathered: list[Any] = [None] * axis.size
-    dist.all_gather_object(gathered, mine, group=axis.group)
-    return gathered
 
 
 def _check_cover(shapes: dict[str, tuple[int, ...]], holders: Iterable[tuple[str, Box]]) -> None:
@@ -211,11 +201,11 @@ def _holding(boxes: Iterable[SharedBox], copy: BoxCopy) -> SharedBox:
 def _check_cuts(mine: Mapping[tuple[tuple[int, ...], str], Any], axis: Axis) -> None:
     """Summing boxes of different cuts would mix gradients of different elements."""
     found: dict[Any, list[Any]] = defaultdict(list)
-    for cuts in _all_gather(mine, axis):
+    for cuts in all_gather_objects(mine, axis):
         for key, boxes in cuts.items():
             found[key].append(boxes)
-    for (ranks, _), cuts in found.items():
-        if len(cuts) != len(ranks) or any(boxes != cuts[0] for boxes in cuts):
+    for (ranks, _), several in found.items():
+        if len(several) != len(ranks) or any(boxes != several[0] for boxes in several):
             raise ValueError(
                 f"ranks {ranks} share gradients of which each has a part, but hold them cut in "
                 "different ways: give the shared parameters buckets of their own"
@@ -235,31 +225,3 @@ def _flat_span(fragment: Fragment, local: Box) -> tuple[int, int] | None:
     stop = first + local.numel
     ends = stop == fragment.numel
     return fragment.start + first, fragment.end if ends else fragment.start + stop
-
-
-# ---- Debugging -----------------------------------------------------------------------------------
-
-
-def check_copies_agree(parameters: dict[str, DeclaredParameter], ctx: ParallelContext) -> None:
-    """Compare the bits of every box over all its holders, data-parallel replicas included.
-
-    Collective: one gather of digests over the world. It copies all parameters to the host.
-
-    Raises:
-        TrainingError: on every rank, naming the first tensor whose copies differ.
-    """
-    digests: dict[tuple[str, Box], bytes] = {}
-    for declared, copy in local_boxes(parameters):
-        data = declared.local[copy.local.slices].reshape(-1).view(torch.uint8).cpu()
-        digests[declared.sharding.name, copy.global_] = hashlib.blake2b(
-            data.numpy().tobytes()
-        ).digest()
-    first: dict[tuple[str, Box], tuple[int, bytes]] = {}
-    for rank, found in zip(ctx.world.ranks, _all_gather(digests, ctx.world), strict=True):
-        for (name, box), digest in found.items():
-            holder, expected = first.setdefault((name, box), (rank, digest))
-            if digest != expected:
-                raise TrainingError(
-                    f"{name}: ranks {holder} and {rank} hold different numbers for the box at "
-                    f"{box.start} of shape {box.shape}: copies of a parameter must stay equal"
-                )

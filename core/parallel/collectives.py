@@ -7,7 +7,7 @@ layers call the plain ones, since they hide them behind products.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from core.parallel.context import Axis
 
+T = TypeVar("T")
 _OnAxis = Callable[[Tensor, Axis], Tensor]
 
 # ---- Plain collectives on one axis ---------------------------------------------------------------
@@ -107,6 +108,15 @@ def reduce_scatter_first(x: Tensor, axis: Axis) -> Tensor:
     out, work = start_reduce_scatter_first(x, axis)
     wait(work)
     return out
+
+
+def all_gather_objects(mine: T, axis: Axis) -> list[T]:
+    """An object of every rank of the axis, in rank order. Pickled: small things, seldom."""
+    if axis.group is None:
+        return [mine]
+    found: list[Any] = [None] * axis.size
+    dist.all_gather_object(found, mine, group=axis.group)
+    return found
 
 
 # ---- With autograd -------------------------------------------------------------------------------

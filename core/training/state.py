@@ -11,9 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any
 
 from core.checkpoint.assets import ASSETS_NAME, copy_assets
 from core.checkpoint.directory import candidates, step_name
@@ -29,6 +27,7 @@ from core.config.run import RunConfig
 from core.data_parallel.regions import DataParallel
 from core.errors import CheckpointError, DamagedCheckpointError
 from core.optim.step import OptimizerStep
+from core.parallel.collectives import all_gather_objects
 from core.parallel.context import ParallelContext
 from core.parallel.placement import initialize_parameters
 from core.parallel.sharding import DeclaredParameter
@@ -36,7 +35,6 @@ from core.training.saved_state import ModuleState, load_parameters, load_state, 
 from core.training.task import TrainTask
 
 CONFIG_FILE = "run.toml"
-T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 
@@ -264,13 +262,6 @@ class RunState:
                 if assets is not None and Path(assets).is_dir() and Path(assets).resolve() != own:
                     copy_assets(Path(assets), own)
 
-    def _gather(self, value: T) -> list[T]:
-        if self.ctx.world.group is None:
-            return [value]
-        found: list[Any] = [None] * self.ctx.world.size
-        dist.all_gather_object(found, value, group=self.ctx.world.group)
-        return found
-
     def _load_first_intact(self) -> CheckpointReader | None:
         """Load the newest checkpoint that no rank finds damaged; None if there is no checkpoint."""
         paths = self._agree_on_candidates()
@@ -283,7 +274,8 @@ class RunState:
                 self._load(reader)
             except CheckpointError as error:
                 own = error
-            found = [error for error in self._gather(own) if error is not None]
+            errors = all_gather_objects(own, self.ctx.world)
+            found = [error for error in errors if error is not None]
             for other in found:
                 if not isinstance(other, DamagedCheckpointError):
                     raise other
@@ -302,7 +294,7 @@ class RunState:
         paths, problem = start_candidates(self.config)
         if problem is not None:
             self._warn(problem)
-        seen = self._gather([str(path) for path in paths])
+        seen = all_gather_objects([str(path) for path in paths], self.ctx.world)
         for rank, others in enumerate(seen):
             if others[:1] != seen[0][:1]:
                 raise CheckpointError(

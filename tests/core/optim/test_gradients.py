@@ -7,13 +7,7 @@ from torch import Tensor, nn
 from core.config.parallel import ParallelConfig
 from core.data_parallel.buffers import GradBuffers
 from core.errors import TrainingError
-from core.optim.gradients import (
-    ReplicaGradients,
-    SharedBox,
-    Sharing,
-    check_copies_agree,
-    publish_sharing,
-)
+from core.optim.gradients import ReplicaGradients, SharedBox, Sharing, publish_sharing
 from core.parallel.context import ParallelContext
 from core.parallel.placement import initialize_parameters
 from core.parallel.random import normal_init
@@ -28,7 +22,7 @@ from core.parallel.sharding import (
     whole_copy,
 )
 from core.testing.distributed import WorkerPool
-from core.testing.parity import gather_regions
+from core.testing.parity import check_copies_agree, gather_regions
 
 CPU = torch.device("cpu")
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (4, 1), (1, 3)]
