@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from core.data_parallel.deferred import DeferredProducts
 from core.data_parallel.derived import StepCache
-from core.data_parallel.main_grad import DeferredProducts, expire, settle
+from core.data_parallel.main_grad import expire, settle
 from core.data_parallel.regions import ALIGNMENT, Fragment, Region, aligned, cut_fragments
 from core.parallel.collectives import start_all_gather_in_place, start_reduce_scatter_in_place
 from core.parallel.context import ParallelContext

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from core.data_parallel.main_grad import DeferredProducts
+from core.data_parallel.deferred import DeferredProducts
 from core.parallel.context import Axis
 from core.parallel.sharding import Box, BoxCopy, DeclaredParameter, ParamSharding
 

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from core.config.parallel import TpOverlap
-from core.data_parallel.main_grad import accumulate_sum, put_off
+from core.data_parallel.deferred import put_off
+from core.data_parallel.main_grad import accumulate_sum
 from core.errors import ConfigError
 from core.layers.overlap import OVERLAPS
 from core.layers.products import PLAIN, Cut, Factor, Product, Products, gather, start_gather

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from core.config.transformer import TransformerConfig
+from core.data_parallel.deferred import put_off
 from core.data_parallel.derived import derived
-from core.data_parallel.main_grad import put_off, say_ready
+from core.data_parallel.main_grad import say_ready
 from core.kernels.attention import mask_generator
 from core.kernels.masked_attention import AttentionMask
 from core.layers.attention import CoreAttention

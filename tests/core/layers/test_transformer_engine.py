@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core.data_parallel.deferred import DeferredProducts
 from core.data_parallel.derived import StepCache
-from core.data_parallel.main_grad import DeferredProducts
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.norm import LayerNorm, RMSNorm
 from core.layers.transformer_engine import (

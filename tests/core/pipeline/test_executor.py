@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from core.config.parallel import ParallelConfig
 from core.data_parallel.buffers import GradBuffers
-from core.data_parallel.main_grad import DeferredProducts
+from core.data_parallel.deferred import DeferredProducts
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement, initialize_parameters
