@@ -301,7 +301,7 @@ def whole_copy(shape: Sequence[int], grad: GradKind = "same") -> tuple[BoxCopy, 
     return (BoxCopy(Box.whole(shape), Box.whole(shape), grad),)
 
 
-def padded_vocab_rows(vocab_size: int, size: int, multiple: int = 128) -> int:
+def padded_vocab_rows(vocab_size: int, size: int) -> int:
     """Rows of a vocabulary-parallel table on each rank: the vocabulary over `size` ranks, rounded
     up.
 
@@ -309,7 +309,7 @@ def padded_vocab_rows(vocab_size: int, size: int, multiple: int = 128) -> int:
     of 8 only.
     """
     per_rank = -(-vocab_size // size)
-    multiple = multiple if per_rank >= 1024 else 8
+    multiple = 128 if per_rank >= 1024 else 8
     return -(-per_rank // multiple) * multiple
 
 
