@@ -11,7 +11,7 @@ from core.checkpoint.directory import step_directories
 from core.config.run import RunConfig
 from core.data.tokenizers import load_tokenizer
 from core.errors import ConfigError
-from core.training.state import find_checkpoint
+from core.training.start import find_checkpoint
 from core.training.task import TrainTask
 
 SECTION = "sample_order"

@@ -25,7 +25,7 @@ from core.parallel.rendezvous import init_distributed, meet
 from core.training.data_order import make_datasets
 from core.training.failure import FailureBoard, SentenceHandler, exit_now
 from core.training.metrics import check_trackers
-from core.training.state import find_checkpoint
+from core.training.start import find_checkpoint
 from core.training.task import TrainTask
 from core.training.trainer import Trainer
 
