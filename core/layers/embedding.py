@@ -15,12 +15,7 @@ from core.layers.linear import Kind, Plan, parallel_linear
 from core.parallel.collectives import reduce_from, reduce_scatter_sequence
 from core.parallel.placement import Placement
 from core.parallel.random import Init
-from core.parallel.sharding import (
-    Declaration,
-    GradKind,
-    declare_parameter,
-    split_vocab,
-)
+from core.parallel.sharding import Declaration, GradKind, split_vocab
 
 
 class _Lookup(torch.autograd.Function):
@@ -63,20 +58,14 @@ def vocab_parallel_parameter(
     axis = place.ctx.tp
     grad: GradKind = "same" if across is None else "partial"
     rows, copies = split_vocab(vocab_size, axis.rank, axis.size, hidden_size, grad)
-    weight = declare_parameter(
-        module,
-        "weight",
-        (rows, hidden_size),
-        Declaration(
-            (vocab_size, hidden_size),
-            copies,
-            init,
-            global_name=across,
-            across_stages=across is not None,
-        ),
-        dtype=place.dtype,
-        device=place.device,
+    declaration = Declaration(
+        (vocab_size, hidden_size),
+        copies,
+        init,
+        global_name=across,
+        across_stages=across is not None,
     )
+    weight = place.declare(module, "weight", (rows, hidden_size), declaration)
     valid = copies[0].local.shape[0] if copies else 0
     return weight, VocabSlice(axis, axis.rank * rows, valid, vocab_size)
 

@@ -26,14 +26,7 @@ from core.parallel.collectives import (
 from core.parallel.context import Axis
 from core.parallel.placement import Placement
 from core.parallel.random import ZEROS, Init
-from core.parallel.sharding import (
-    Block,
-    Declaration,
-    GradKind,
-    declare_parameter,
-    split_blocks,
-    whole_copy,
-)
+from core.parallel.sharding import Block, Declaration, GradKind, split_blocks, whole_copy
 
 Kind = Literal["alike", "sequence", "own"]
 """What an input or an output is over the axis. alike: the same on all ranks; sequence: a part of
@@ -220,29 +213,15 @@ class ColumnParallelLinear(nn.Module):
         kind: Kind = "sequence" if place.ctx.sequence_parallel else "alike"
         self.plan = Plan(axis, kind, "own", products, place.ctx.tp_overlap)
         self.skip_bias_add = skip_bias_add
-        rank, size = axis.rank, axis.size
         total = sum(block.rows for block in blocks)
-        rows, copies = split_blocks(blocks, rank, size, other=(in_features,))
-        self.weight = declare_parameter(
-            self,
-            "weight",
-            (rows, in_features),
-            Declaration((total, in_features), copies, init),
-            dtype=place.dtype,
-            device=place.device,
-        )
+        rows, copies = split_blocks(blocks, axis.rank, axis.size, other=(in_features,))
+        weight = Declaration((total, in_features), copies, init)
+        self.weight = place.declare(self, "weight", (rows, in_features), weight)
         self.bias: nn.Parameter | None
         if bias:
-            self.bias = declare_parameter(
-                self,
-                "bias",
-                (rows,),
-                Declaration(
-                    (total,), split_blocks(blocks, rank, size)[1], ZEROS, weight_decay=False
-                ),
-                dtype=place.dtype,
-                device=place.device,
-            )
+            copies = split_blocks(blocks, axis.rank, axis.size)[1]
+            declaration = Declaration((total,), copies, ZEROS, weight_decay=False)
+            self.bias = place.declare(self, "bias", (rows,), declaration)
         else:
             self.bias = None
 
@@ -297,27 +276,15 @@ class RowParallelLinear(nn.Module):
         columns, copies = split_blocks(
             [in_block], axis.rank, axis.size, dim=1, other=(out_features,)
         )
-        self.weight = declare_parameter(
-            self,
-            "weight",
-            (out_features, columns),
-            Declaration((out_features, in_block.rows), copies, init),
-            dtype=place.dtype,
-            device=place.device,
-        )
+        weight = Declaration((out_features, in_block.rows), copies, init)
+        self.weight = place.declare(self, "weight", (out_features, columns), weight)
         self.bias: nn.Parameter | None
         if bias:
             # Under sequence parallelism each rank adds the bias to its own part of the sequence.
             grad: GradKind = "partial" if sequence_parallel else "same"
             shape = (out_features,)
-            self.bias = declare_parameter(
-                self,
-                "bias",
-                shape,
-                Declaration(shape, whole_copy(shape, grad), ZEROS, weight_decay=False),
-                dtype=place.dtype,
-                device=place.device,
-            )
+            declaration = Declaration(shape, whole_copy(shape, grad), ZEROS, weight_decay=False)
+            self.bias = place.declare(self, "bias", shape, declaration)
         else:
             self.bias = None
 

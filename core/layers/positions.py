@@ -7,7 +7,7 @@ from core.errors import ConfigError
 from core.layers.embedding import table_rows
 from core.parallel.placement import Placement
 from core.parallel.random import Init
-from core.parallel.sharding import Declaration, GradKind, declare_parameter, whole_copy
+from core.parallel.sharding import Declaration, GradKind, whole_copy
 
 
 class LearnedPositions(nn.Module):
@@ -20,14 +20,8 @@ class LearnedPositions(nn.Module):
         # Under sequence parallelism each rank looks up the positions of its own part of the
         # sequence.
         grad: GradKind = "partial" if place.ctx.sequence_parallel else "same"
-        self.weight = declare_parameter(
-            self,
-            "weight",
-            shape,
-            Declaration(shape, whole_copy(shape, grad), init),
-            dtype=place.dtype,
-            device=place.device,
-        )
+        declaration = Declaration(shape, whole_copy(shape, grad), init)
+        self.weight = place.declare(self, "weight", shape, declaration)
 
     def forward(self, length: int, positions: Tensor | None = None) -> Tensor:
         """The vectors to be added to those of a sequence's tokens. No communication.
