@@ -28,7 +28,7 @@ from core.config.parallel import ParallelConfig, validate_parallel
 from core.config.precision import PrecisionConfig, validate_fp8, validate_precision
 from core.config.transformer import TransformerConfig
 from core.data_parallel.modes import make_data_parallel, model_placement
-from core.kernels.attention import chosen_kernel
+from core.kernels.chosen_attention import chosen_kernel
 from core.optim.gradients import publish_sharing
 from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext

@@ -4,7 +4,6 @@ Legend: s query length, z key length, b batch, n query heads, g key and value he
 """
 
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from core.kernels.attention_pattern import AttentionDropout, AttentionPattern
 from core.kernels.masked_attention import AttentionMask, masked_attention
 
-_PRIORITY = [
+PRIORITY = [
     # Measured on an H200 at s = 8192, d = 128: cuDNN 554 TFLOP/s forward and 476 backward, torch's
     # flash-2 314 and 279.
     SDPBackend.CUDNN_ATTENTION,
@@ -24,8 +23,7 @@ _PRIORITY = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-
-logger = logging.getLogger(__name__)
+"""The first that takes a problem runs it; `chosen_attention.py` says which that is."""
 
 
 def attention(
@@ -80,7 +78,7 @@ def _sdpa(
     )
     if not q.is_cuda:
         return call()
-    with sdpa_kernel(_PRIORITY, set_priority=True):
+    with sdpa_kernel(PRIORITY, set_priority=True):
         if dropout is None:
             return call()
         with mask_generator(dropout, q.device):
@@ -95,21 +93,3 @@ def mask_generator(dropout: AttentionDropout, device: torch.device) -> Iterator[
         stream = f"{dropout.name}.{dropout.first_head}.{dropout.key.first_sample}"
         torch.cuda.manual_seed(dropout.key.stream(stream) & (2**63 - 1))
         yield
-
-
-def chosen_kernel(shape: tuple[int, int, int, int], groups: int, dtype: torch.dtype) -> str:
-    """The kernel that causal training attention of `[s, b, n, d]` will run on this CUDA device.
-
-    A choice other than cuDNN is logged as a warning with torch's own reasons.
-    """
-    s, b, n, d = shape
-    q = torch.empty((b, n, s, d), dtype=dtype, device="cuda", requires_grad=True)
-    k = torch.empty((b, groups, s, d), dtype=dtype, device="cuda", requires_grad=True)
-    with sdpa_kernel(_PRIORITY, set_priority=True):
-        choice = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=n != groups)
-        name = SDPBackend(choice).name
-        if name != "CUDNN_ATTENTION":
-            logger.warning("attention runs on %s: cuDNN attention was refused", name)
-            params = torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, True, n != groups)
-            torch.backends.cuda.can_use_cudnn_attention(params, debug=True)
-    return name

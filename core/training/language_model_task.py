@@ -26,7 +26,7 @@ from core.config.transformer import (
 from core.data.builder import Datasets, build_datasets
 from core.data.loader import Batch
 from core.data.tokenizers import Tokenizer
-from core.kernels.attention import chosen_kernel
+from core.kernels.chosen_attention import attention_lines
 from core.kernels.masked_attention import Documents
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
@@ -144,19 +144,7 @@ class LanguageModelTask:
         backend = self.backend.describe()
         if not isinstance(self.backend, LocalSpecProvider):
             return [backend]  # which chooses by itself
-        if ctx.device.type != "cuda":
-            return [backend, "attention: torch's CPU kernel"]
-        config = self.model_config
-        heads = config.num_attention_heads // ctx.tp.size
-        groups = max(1, config.kv_heads // ctx.tp.size)
-        shape = (data.seq_length, 1, heads, config.kv_channels)
-        lines = [backend, f"attention: {chosen_kernel(shape, groups, dtype)}"]
-        windows = {config.window_of(i) for i in range(config.num_layers)} - {None}
-        if any(window < data.seq_length for window in windows if window is not None):
-            lines.append(f"attention with a window of {windows}: flex attention, compiled")
-        if data.separate_documents:
-            lines.append("attention within documents: flex attention, compiled")
-        return lines
+        return [backend, *attention_lines(self.model_config, data, ctx, dtype)]
 
     def make_datasets(
         self,

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from core.data_parallel.main_grad import accumulate_product, expire
-from core.kernels.attention import attention, chosen_kernel
+from core.kernels.attention import attention
 from core.kernels.attention_pattern import AttentionDropout, AttentionPattern, visible
+from core.kernels.chosen_attention import chosen_kernel
 from core.kernels.cross_entropy import VocabSlice, vocab_parallel_cross_entropy
 from core.kernels.elementwise import (
     Activation,
