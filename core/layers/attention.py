@@ -17,9 +17,9 @@ from core.kernels.elementwise import rotary
 from core.kernels.masked_attention import AttentionMask
 from core.layers.forward_info import ForwardInfo
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
+from core.parallel.cutting import Block, split_units
 from core.parallel.placement import Placement
 from core.parallel.random import DropoutKey, normal_init
-from core.parallel.sharding import Block, split_units
 from core.spec import IDENTITY, ModuleSpec, build_module
 
 

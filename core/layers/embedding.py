@@ -13,9 +13,10 @@ from core.kernels.cross_entropy import VocabSlice
 from core.kernels.embedding import look_up
 from core.layers.linear import Kind, Plan, parallel_linear
 from core.parallel.collectives import reduce_from, reduce_scatter_sequence
+from core.parallel.cutting import split_vocab
 from core.parallel.placement import Placement
 from core.parallel.random import Init
-from core.parallel.sharding import Declaration, GradKind, split_vocab
+from core.parallel.sharding import Declaration, GradKind
 
 
 class _Lookup(torch.autograd.Function):

@@ -24,9 +24,10 @@ from core.parallel.collectives import (
     wait,
 )
 from core.parallel.context import Axis
+from core.parallel.cutting import Block, split_blocks, whole_copy
 from core.parallel.placement import Placement
 from core.parallel.random import ZEROS, Init
-from core.parallel.sharding import Block, Declaration, GradKind, split_blocks, whole_copy
+from core.parallel.sharding import Declaration, GradKind
 
 Kind = Literal["alike", "sequence", "own"]
 """What an input or an output is over the axis. alike: the same on all ranks; sequence: a part of

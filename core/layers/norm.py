@@ -7,10 +7,11 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from core.kernels.elementwise import add_norm, layer_norm, rms_norm
+from core.parallel.cutting import whole_copy
 from core.parallel.placement import Placement
 from core.parallel.random import ONES, ZEROS, Init
 from core.parallel.recompute import is_recomputed
-from core.parallel.sharding import Declaration, GradKind, whole_copy
+from core.parallel.sharding import Declaration, GradKind
 
 NormParameters = tuple[tuple[str, Init], ...]
 """Names and initial values."""

@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from core.errors import ConfigError
 from core.layers.embedding import table_rows
+from core.parallel.cutting import whole_copy
 from core.parallel.placement import Placement
 from core.parallel.random import Init
-from core.parallel.sharding import Declaration, GradKind, whole_copy
+from core.parallel.sharding import Declaration, GradKind
 
 
 class LearnedPositions(nn.Module):

@@ -28,9 +28,9 @@ from core.layers.attention import CoreAttention
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.norm import LayerNorm, RMSNorm, declare_norm
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import split_units
 from core.parallel.placement import Placement
 from core.parallel.random import DropoutKey
-from core.parallel.sharding import split_units
 
 Recipe = Literal["none", "current", "delayed", "blockwise"]
 

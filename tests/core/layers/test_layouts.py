@@ -22,9 +22,10 @@ from core.layers.norm import LayerNorm, RMSNorm
 from core.layers.positions import LearnedPositions
 from core.layers.rotary import RotaryEmbedding
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import Block
 from core.parallel.placement import Placement
 from core.parallel.random import ZEROS, DropoutKey
-from core.parallel.sharding import Block, declared_parameters
+from core.parallel.sharding import declared_parameters
 from core.spec import ModuleSpec
 from core.testing.distributed import WorkerPool
 from core.testing.layouts import LayerCase, run_case

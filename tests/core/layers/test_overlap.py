@@ -14,9 +14,10 @@ from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.overlap import OVERLAPS
 from core.layers.products import PLAIN, Products
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import Block
 from core.parallel.placement import Placement
 from core.parallel.random import ZEROS
-from core.parallel.sharding import Block, declared_parameters
+from core.parallel.sharding import declared_parameters
 from core.testing.distributed import WorkerPool
 from core.testing.layouts import LayerCase, run_case
 from core.testing.parity import assert_close

@@ -9,18 +9,10 @@ from core.data_parallel.buffers import GradBuffers
 from core.errors import TrainingError
 from core.optim.gradients import ReplicaGradients, SharedBox, Sharing, publish_sharing
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import Block, split_blocks, split_vocab, whole_copy
 from core.parallel.placement import initialize_parameters
 from core.parallel.random import normal_init
-from core.parallel.sharding import (
-    Block,
-    BoxCopy,
-    Declaration,
-    declare_parameter,
-    declared_parameters,
-    split_blocks,
-    split_vocab,
-    whole_copy,
-)
+from core.parallel.sharding import BoxCopy, Declaration, declare_parameter, declared_parameters
 from core.testing.distributed import WorkerPool
 from core.testing.parity import check_copies_agree, gather_regions
 

@@ -22,18 +22,15 @@ from core.optim.adamw import AdamW
 from core.optim.rounding import join_master
 from core.optim.rounding_draws import _box_rows, rows_by_index
 from core.parallel.context import Axis, ParallelContext
+from core.parallel.cutting import Block, split_blocks, split_vocab, whole_copy
 from core.parallel.placement import initialize_parameters
 from core.parallel.random import ONES, normal_init
 from core.parallel.sharding import (
-    Block,
     BoxCopy,
     Declaration,
     ParamSharding,
     declare_parameter,
     declared_parameters,
-    split_blocks,
-    split_vocab,
-    whole_copy,
 )
 from core.testing.parity import assemble
 
