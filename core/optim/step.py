@@ -11,9 +11,10 @@ from core.config.optimizer import OptimizerConfig
 from core.config.precision import PrecisionConfig
 from core.data_parallel.regions import DataParallel
 from core.optim.adamw import AdamW, ParameterState
-from core.optim.gradients import ReplicaGradients, Sharing
+from core.optim.gradients import ReplicaGradients
 from core.optim.loss_scale import LossScale
 from core.parallel.context import ParallelContext
+from core.parallel.sharing import Sharing
 
 _MEAN_STEPS = 100
 """Steps that the running mean of gradient norms remembers."""

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from core.config.run import RunConfig
 from core.data_parallel.modes import make_data_parallel, model_placement
-from core.optim.gradients import publish_sharing
 from core.parallel.collectives import all_gather_objects
 from core.parallel.context import ParallelContext
 from core.parallel.random import DropoutKey
 from core.parallel.sharding import declared_parameters, tie_chunks
+from core.parallel.sharing import publish_sharing
 from core.pipeline.chosen import chosen_layout
 from core.pipeline.executor import Executor, Watch
 from core.pipeline.p2p import Payload, Wires

@@ -28,13 +28,13 @@ from core.layers import fp8_products
 from core.layers.fp8_products import Fp8Products
 from core.layers.linear import ColumnParallelLinear
 from core.layers.products import PLAIN, Products
-from core.optim.gradients import publish_sharing
 from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext
 from core.parallel.cutting import Block
 from core.parallel.placement import Placement, initialize_parameters
 from core.parallel.random import Init
 from core.parallel.sharding import declared_parameters
+from core.parallel.sharing import publish_sharing
 from core.testing.distributed import WorkerPool
 from core.testing.parity import check_copies_agree
 from models.llama.model import build_llama

@@ -8,13 +8,13 @@ from core.config.optimizer import OptimizerConfig
 from core.config.parallel import ParallelConfig
 from core.config.precision import PrecisionConfig
 from core.data_parallel.buffers import GradBuffers
-from core.optim.gradients import publish_sharing
 from core.optim.step import OptimizerStep, StepResult
 from core.parallel.context import ParallelContext
 from core.parallel.cutting import Block, split_blocks, whole_copy
 from core.parallel.placement import initialize_parameters
 from core.parallel.random import normal_init
 from core.parallel.sharding import Declaration, declare_parameter, declared_parameters
+from core.parallel.sharing import publish_sharing
 from core.testing.distributed import WorkerPool
 
 CPU = torch.device("cpu")
