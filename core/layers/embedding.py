@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from core.data_parallel.main_grad import accumulate_rows
 from core.kernels.cross_entropy import VocabSlice
 from core.kernels.embedding import look_up
-from core.layers.linear import Kind, Plan, parallel_linear
+from core.layers.linear import Plan, parallel_linear
 from core.parallel.collectives import reduce_from, reduce_scatter_sequence
 from core.parallel.cutting import split_vocab
 from core.parallel.placement import Placement
@@ -124,14 +124,13 @@ class VocabParallelHead(nn.Module):
         `vocab_parallel_parameter`.
         """
         super().__init__()
-        kind: Kind = "sequence" if place.ctx.sequence_parallel else "alike"
         if tied_to is None:
             self.weight, self.part = vocab_parallel_parameter(
                 self, place, vocab_size, hidden_size, init, across
             )
         else:
             self.weight, self.part = tied_to.weight, tied_to.part
-        self.plan = Plan(self.part.axis, kind, "own", overlap=place.ctx.tp_overlap)
+        self.plan = Plan.of(place.ctx, "output")
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[s, b, h]` (`[s / tp, b, h]` under sequence parallelism) to logits `[s, b, v]`, padding
