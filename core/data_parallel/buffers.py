@@ -21,7 +21,11 @@ from core.data_parallel.deferred import DeferredProducts
 from core.data_parallel.derived import StepCache
 from core.data_parallel.main_grad import expire, settle
 from core.data_parallel.regions import Fragment, Region, cut_fragments
-from core.parallel.collectives import start_all_gather_in_place, start_reduce_scatter_in_place
+from core.parallel.collectives import (
+    start_all_gather_in_place,
+    start_all_reduce,
+    start_reduce_scatter_in_place,
+)
 from core.parallel.context import ParallelContext
 from core.parallel.sharding import DeclaredParameter
 
@@ -240,11 +244,9 @@ class GradBuffers:
             if bucket == self._started:
                 settle(parameter)
         main_grad = self.buckets[self._started].main_grad
-        if self._sharded:
-            self._works.append(start_reduce_scatter_in_place(main_grad, self._axis))
-        elif self._axis.group is not None:
-            work = dist.all_reduce(main_grad, group=self._axis.group, async_op=True)
-            assert work is not None
+        start = start_reduce_scatter_in_place if self._sharded else start_all_reduce
+        work = start(main_grad, self._axis)
+        if work is not None:
             self._works.append(work)
         self._started += 1
 

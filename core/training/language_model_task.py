@@ -2,10 +2,10 @@
 or over the answers of chats.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,27 +36,16 @@ from core.pipeline.costs import Part, language_model_parts
 from core.training.task import LossOutput
 from core.transformer.language_model import LanguageModel
 
+BuildLanguageModel: TypeAlias = Callable[
+    [TransformerConfig, Placement, RecomputeConfig, BackendSpecProvider], LanguageModel
+]
+"""What a family's `model.py` offers: the model, its parameters not yet initialised."""
 
-class BuildLanguageModel(Protocol):
-    """What a family's `model.py` offers."""
-
-    def __call__(
-        self,
-        config: TransformerConfig,
-        place: Placement,
-        recompute: RecomputeConfig | None = None,
-        backend: BackendSpecProvider | None = None,
-    ) -> LanguageModel:
-        """The model, its parameters not yet initialised."""
-
-
-class ImportWeights(Protocol):
-    """What a family's `convert.py` offers."""
-
-    def __call__(
-        self, source: Path, config: TransformerConfig, parameters: Mapping[str, DeclaredParameter]
-    ) -> Mapping[str, Any]:
-        """Fill the parameters; return what checkpoints remember of the source."""
+ImportWeights: TypeAlias = Callable[
+    [Path, TransformerConfig, Mapping[str, DeclaredParameter]], Mapping[str, Any]
+]
+"""What a family's `convert.py` offers: it fills the parameters, and returns what checkpoints
+remember of the source."""
 
 
 @dataclass(frozen=True)
