@@ -19,8 +19,9 @@ from torch import nn
 from core.data_parallel.buckets import Bucket, Slot, make_bucket, plan_buckets
 from core.data_parallel.deferred import DeferredProducts
 from core.data_parallel.derived import StepCache
+from core.data_parallel.fragments import cut_fragments
 from core.data_parallel.main_grad import expire, settle
-from core.data_parallel.regions import Fragment, Region, cut_fragments
+from core.data_parallel.regions import Fragment, Region
 from core.parallel.collectives import (
     start_all_gather_in_place,
     start_all_reduce,

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from core.config.optimizer import OptimizerConfig
 from core.config.precision import PrecisionConfig
 from core.data_parallel.buffers import GradBuffers
-from core.data_parallel.regions import Fragment, Region, cut_fragments
+from core.data_parallel.fragments import cut_fragments
+from core.data_parallel.regions import Fragment, Region
 from core.optim.adamw import AdamW
 from core.optim.rounding import join_master
 from core.optim.rounding_draws import _box_rows, rows_by_index
