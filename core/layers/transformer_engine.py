@@ -201,6 +201,7 @@ class _EngineLinear(nn.Module):
         fuses_bias = adds_bias and by_column and not options.split_backward
         self._adds_bias = adds_bias and not fuses_bias
         make, more, lent = self._kind(place)
+        # No userbuffers: they need NVLink multicast.
         module = make(
             columns if by_column else columns * tp.size,
             # Rows of replicated key heads count once for each holder.
@@ -209,7 +210,6 @@ class _EngineLinear(nn.Module):
             parallel_mode=self.MODE,
             tp_group=tp.group,
             tp_size=tp.size,
-            # Userbuffers, which need NVLink multicast, stay off.
             sequence_parallel=place.ctx.sequence_parallel,
             params_dtype=place.dtype,
             delay_wgrad_compute=options.split_backward,
