@@ -22,7 +22,7 @@ from core.config.train import TrainConfig, validate_batch_sizes
 from core.errors import ConfigError, TesseraError
 from core.parallel.context import ParallelContext
 from core.parallel.rendezvous import init_distributed, meet
-from core.training.data_order import make_datasets
+from core.training.datasets import make_datasets
 from core.training.failure import FailureBoard, SentenceHandler, exit_now
 from core.training.metrics import check_trackers
 from core.training.start import find_checkpoint

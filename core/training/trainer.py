@@ -30,7 +30,8 @@ from core.optim.schedules import learning_rate, weight_decay
 from core.optim.step import OptimizerStep, StepResult
 from core.parallel.context import ParallelContext
 from core.pipeline.trace import write_trace
-from core.training.data_order import make_datasets, sample_order
+from core.training.data_order import sample_order
+from core.training.datasets import make_datasets
 from core.training.exchange import Exchange
 from core.training.failure import SAVING, Patience, SentenceHandler, Watchdog
 from core.training.interrupts import StopRequest
