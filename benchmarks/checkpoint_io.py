@@ -31,7 +31,8 @@ from core.checkpoint.saver import CheckpointSaver
 from core.config.loading import exit_on_user_error
 from core.config.parallel import ParallelConfig
 from core.parallel.context import ParallelContext
-from core.parallel.sharding import Box, BoxCopy, whole_copy
+from core.parallel.cutting import whole_copy
+from core.parallel.sharding import Box, BoxCopy
 from core.testing.distributed import WorkerPool
 
 COLUMNS = 1024

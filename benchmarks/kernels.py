@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from core.data_parallel.main_grad import accumulate_rows
 from core.kernels import cross_entropy, elementwise
 from core.kernels.reduction import sum_of_squares
-from core.layers.embedding import _Lookup
+from core.layers.embedding import table_rows
 from core.optim.adamw import update_
 
 TARGET = 0.85
@@ -317,7 +317,7 @@ def embedding_cases(s: Shapes) -> Iterator[Case]:
         return weight
 
     def look_up(seed: int) -> Callable[[], object]:
-        return functools.partial(_Lookup.apply, tokens(seed), table(), 0)
+        return functools.partial(table_rows, tokens(seed), table())
 
     def add(seed: int) -> Callable[[], object]:
         rows = tokens(seed).flatten()

@@ -35,8 +35,9 @@ from core.config.transformer import TransformerConfig
 from core.data.loader import Batch
 from core.errors import ConfigError
 from core.optim.step import OptimizerStep
-from core.parallel.context import ParallelContext, init_distributed
+from core.parallel.context import ParallelContext
 from core.parallel.placement import initialize_parameters
+from core.parallel.rendezvous import init_distributed
 from core.pipeline.chosen import chosen_layout
 from core.pipeline.costs import language_model_parts
 from core.pipeline.layout import Layout

@@ -28,13 +28,14 @@ from core.config.parallel import ParallelConfig, validate_parallel
 from core.config.precision import PrecisionConfig, validate_fp8, validate_precision
 from core.config.transformer import TransformerConfig
 from core.data_parallel.modes import make_data_parallel, model_placement
-from core.kernels.attention import chosen_kernel
-from core.optim.gradients import publish_sharing
+from core.kernels.chosen_attention import chosen_kernel
 from core.optim.step import OptimizerStep
-from core.parallel.context import ParallelContext, init_distributed
+from core.parallel.context import ParallelContext
 from core.parallel.placement import initialize_parameters
 from core.parallel.random import DropoutKey, make_key, philox
+from core.parallel.rendezvous import init_distributed
 from core.parallel.sharding import declared_parameters
+from core.parallel.sharing import publish_sharing
 from core.training.trainer import DTYPES
 from core.transformer.decoder import build_decoder
 from core.transformer.language_model import LanguageModel

@@ -1,5 +1,5 @@
 """Speed of attention that does not cross documents, by several kernels, each checked against plain
-attention in fp32: what the choice in `core/kernels/attention.py` rests on.
+attention in fp32: what the choice in `core/kernels/masked_attention.py` rests on.
 
 `python benchmarks/varlen_attention.py`: one row of 8192 tokens, 32 query and 8 key heads of 128,
 bf16, forward and backward. `--device cpu` runs what a CPU can, to test the script itself.
@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.data.loader import same_length
-from core.kernels.attention import AttentionPattern, Documents, attention
+from core.kernels.attention import attention
+from core.kernels.attention_pattern import AttentionPattern
+from core.kernels.masked_attention import Documents
 
 
 @dataclass(frozen=True, kw_only=True)

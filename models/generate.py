@@ -228,7 +228,8 @@ def run(config: GenerateConfig) -> None:
     from core.config.parallel import ParallelConfig
     from core.generation.loop import GenerativeModel, generate
     from core.generation.text import Printer, TextStream
-    from core.parallel.context import ParallelContext, init_distributed
+    from core.parallel.context import ParallelContext
+    from core.parallel.rendezvous import init_distributed
 
     job = _prepare(config)
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())

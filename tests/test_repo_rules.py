@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("core", "models", "converters")
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS, MAX_FOLDER = 600, 80, 8, 600
+MAX_READING = 4900
+"""Lines of one training step's reading list."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -158,3 +160,21 @@ def test_tests_mirror_the_tree() -> None:
         if not folder.is_dir():
             strays.append(str(inside))
     assert not strays, f"no folder of the code matches {strays}"
+
+
+def test_one_training_step_is_short() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    section = page.partition("## One training step, in reading order")[2].partition("On the way")[0]
+    table = re.findall(r"(\d+) \| `([\w/]+\.py)`", section)
+    assert len(table) > 20
+    lines = sum(len((ROOT / name).read_text().splitlines()) for _, name in table)
+    assert lines <= MAX_READING
+    assert lines == pytest.approx(sum(int(stated) for stated, _ in table), rel=0.03)
+
+
+def test_named_files_exist() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:core|models|converters|tests|benchmarks)/[\w/]+\.py)", page)
+    assert len(named) > 100
+    missing = [path for path in named if not (ROOT / path).exists()]
+    assert not missing

@@ -9,7 +9,7 @@ from core.backends.transformer_engine import (
 from core.config.backend import SPLIT_SCHEDULES, Backend
 from core.config.parallel import ParallelConfig
 from core.config.precision import PrecisionConfig, bf16_layers
-from core.layers.products import Fp8Products
+from core.layers.fp8_products import Fp8Products
 
 
 def chosen_backend(

@@ -14,7 +14,7 @@ from core.checkpoint.directory import newest_complete
 from core.checkpoint.index import INDEX_NAME, Index, SavedTensor, TensorRecord, uncovered
 from core.checkpoint.plan import box_key
 from core.checkpoint.safetensors_io import SafetensorsFile
-from core.data_parallel.regions import row_major_boxes
+from core.data_parallel.fragments import row_major_boxes
 from core.errors import CheckpointError, DamagedCheckpointError
 from core.parallel.sharding import Box
 

@@ -1,5 +1,4 @@
-"""Contiguous parameter and gradient storage in buckets, and what data-parallel ranks exchange of
-them.
+"""What data-parallel ranks exchange of their buckets of parameters and gradients.
 
 A bucket's reduction starts, under the rest of the backward pass, once every parameter in it has
 *said* that its gradient is complete (`grad_ready`). Autograd hooks could not say so: a weight
@@ -12,53 +11,24 @@ others'. Replicated, every rank gets the whole sum and updates everything.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from core.data_parallel.buckets import Bucket, Slot, make_bucket, plan_buckets
+from core.data_parallel.deferred import DeferredProducts
 from core.data_parallel.derived import StepCache
-from core.data_parallel.main_grad import DeferredProducts, expire, settle
-from core.data_parallel.regions import ALIGNMENT, Fragment, Region, aligned, cut_fragments
-from core.parallel.collectives import start_all_gather_in_place, start_reduce_scatter_in_place
+from core.data_parallel.fragments import cut_fragments
+from core.data_parallel.main_grad import expire, settle
+from core.data_parallel.regions import Fragment, Region
+from core.parallel.collectives import (
+    start_all_gather_in_place,
+    start_all_reduce,
+    start_reduce_scatter_in_place,
+)
 from core.parallel.context import ParallelContext
-from core.parallel.sharding import DeclaredParameter, ParamSharding
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one parameter lies in a bucket."""
-
-    sharding: ParamSharding
-    shape: tuple[int, ...]
-    """Local shape."""
-    start: int
-    """First element in the bucket's flat tensors."""
-    numel: int
-    """Elements of the parameter, without the gap that follows."""
-
-    @property
-    def end(self) -> int:
-        """First element of the slot that follows; the gap before it is zero in every tensor."""
-        return aligned(self.start + self.numel)
-
-    def view(self, flat: Tensor) -> Tensor:
-        """The parameter's part of a flat tensor of the bucket, in the parameter's local shape."""
-        return flat[self.start : self.start + self.numel].view(self.shape)
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Parameters that share one storage, one gradient buffer and one reduction."""
-
-    slots: tuple[Slot, ...]
-    values: Tensor
-    """The parameters themselves, flat; `parameter.data` is a view of it."""
-    main_grad: Tensor
-    """Flat gradient: fp32, or fp64 for fp64 parameters."""
-    weight_decay: bool
+from core.parallel.sharding import DeclaredParameter
 
 
 class GradBuffers:
@@ -113,11 +83,11 @@ class GradBuffers:
         """Where all parameters' products go that are put off."""
         self._derived = StepCache()
         order = {name: position for position, name in enumerate(trainable)}
-        plan = _plan_buckets(trainable, (bucket_mib << 20) // 4)
+        plan = plan_buckets(trainable, (bucket_mib << 20) // 4)
         # A bucket is complete when its earliest declared parameter is.
         plan.sort(key=lambda names: -order[names[-1]])
         self.buckets = tuple(
-            _make_bucket([trainable[n] for n in names], ctx.dp.size) for names in plan
+            make_bucket([trainable[n] for n in names], ctx.dp.size) for names in plan
         )
         """In the order in which their reductions start, which is the same on all ranks."""
         # The bucket that is complete last is used first.
@@ -275,11 +245,9 @@ class GradBuffers:
             if bucket == self._started:
                 settle(parameter)
         main_grad = self.buckets[self._started].main_grad
-        if self._sharded:
-            self._works.append(start_reduce_scatter_in_place(main_grad, self._axis))
-        elif self._axis.group is not None:
-            work = dist.all_reduce(main_grad, group=self._axis.group, async_op=True)
-            assert work is not None
+        start = start_reduce_scatter_in_place if self._sharded else start_all_reduce
+        work = start(main_grad, self._axis)
+        if work is not None:
             self._works.append(work)
         self._started += 1
 
@@ -292,45 +260,3 @@ def _accumulate(parameter: Any) -> None:
     parameter.main_grad.add_(parameter.grad)
     parameter.grad = None
     parameter.grad_ready()
-
-
-def _plan_buckets(parameters: dict[str, DeclaredParameter], limit: int) -> list[list[str]]:
-    """Names per bucket: one format and one kind of weight decay, `limit` elements unless one
-    parameter is larger. What other stages hold too is alone.
-    """
-    done: list[list[str]] = []
-    open_: dict[tuple[torch.dtype, torch.device, bool], tuple[list[str], int]] = {}
-    for name, declared in reversed(parameters.items()):
-        parameter = declared.parameter
-        if declared.across_stages:
-            done.append([name])
-            continue
-        key = (parameter.dtype, parameter.device, declared.weight_decay)
-        names, size = open_.get(key, ([], 0))
-        numel = aligned(parameter.numel())
-        if names and size + numel > limit:
-            done.append(names)
-            names, size = [], 0
-        open_[key] = ([*names, name], size + numel)
-    return done + [names for names, _ in open_.values()]
-
-
-def _make_bucket(parameters: Sequence[DeclaredParameter], parts: int) -> Bucket:
-    """Allocate a bucket that can be cut into as many aligned parts, and move the parameters into
-    it. Its length is the same whether or not it is cut, so that modes can be compared bit by bit.
-    """
-    slots: list[Slot] = []
-    for declared in parameters:
-        data = declared.parameter.data
-        start = slots[-1].end if slots else 0
-        slots.append(Slot(declared.sharding, tuple(data.shape), start, data.numel()))
-    first = parameters[0].parameter
-    size = -(-slots[-1].end // (ALIGNMENT * parts)) * ALIGNMENT * parts
-    values = torch.zeros(size, dtype=first.dtype, device=first.device)
-    wide = torch.promote_types(first.dtype, torch.float32)
-    main_grad = torch.zeros(size, dtype=wide, device=first.device)
-    for declared, slot in zip(parameters, slots, strict=True):
-        view = slot.view(values)
-        view.copy_(declared.parameter.data)
-        declared.parameter.data = view
-    return Bucket(tuple(slots), values, main_grad, parameters[0].weight_decay)

@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from core.data_parallel.main_grad import DeferredProducts
-from core.data_parallel.regions import Fragment, Region, cut_fragments
+from core.data_parallel.deferred import DeferredProducts
+from core.data_parallel.fragments import cut_fragments
+from core.data_parallel.regions import Fragment, Region
 from core.parallel.context import Axis, ParallelContext
 from core.parallel.sharding import DeclaredParameter, declared_parameters
 from core.transformer.stack import LayerStack

@@ -5,51 +5,13 @@ A gradient that comes from products is not cleared between steps: it goes stale,
 product of the next step overwrites it, which saves a write and a read of the whole buffer.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from core.kernels.embedding import add_rows
-
-
-class DeferredProducts:
-    """Puts the products that make weight gradients off until they are asked for, which a pipeline
-    does when it has nothing more urgent (Qi et al., "Zero Bubble Pipeline Parallelism", 2023).
-    """
-
-    def __init__(self) -> None:
-        self._open: list[Callable[[], None]] | None = None
-
-    @contextmanager
-    def collect(self) -> Iterator[list[Callable[[], None]]]:
-        """Put off what backward passes inside would compute; the caller runs the list later, once,
-        from its first entry to its last.
-        """
-        assert self._open is None, "a backward pass inside a backward pass"
-        self._open = []
-        try:
-            yield self._open
-        finally:
-            self._open = None
-
-    def take(self, product: Callable[[], None]) -> bool:
-        """Whether the product has been put off."""
-        if self._open is None:
-            return False
-        self._open.append(product)
-        return True
-
-
-def put_off(weight: nn.Parameter, product: Callable[[], None]) -> bool:
-    """Put a product off that adds to the gradient of a weight, if that is asked for now.
-
-    A product may communicate: all ranks of an axis run the same schedule.
-    """
-    deferred: DeferredProducts | None = getattr(weight, "deferred", None)
-    return deferred is not None and deferred.take(product)
 
 
 def accumulate_product(weight: nn.Parameter, dy: Tensor, x: Tensor) -> Tensor | None:

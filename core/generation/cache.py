@@ -7,7 +7,7 @@ size.
 import torch
 from torch import Tensor
 
-from core.kernels.attention import QueryPositions
+from core.kernels.masked_attention import QueryPositions
 
 
 class KeyValueCache:

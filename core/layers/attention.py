@@ -1,6 +1,6 @@
-"""Self- and cross-attention with grouped queries, heads cut over tp.
+"""Self-attention with grouped queries, heads cut over tp.
 
-Legend: s sequence, z encoder sequence, b batch, h width, n query heads and g key heads of this
+Legend: s sequence of queries, z of keys, b batch, h width, n query heads and g key heads of this
 rank, d head size.
 """
 
@@ -11,13 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from core.config.transformer import TransformerConfig
-from core.kernels.attention import AttentionDropout, AttentionMask, AttentionPattern, attention
+from core.kernels.attention import attention
+from core.kernels.attention_pattern import AttentionDropout, AttentionPattern
 from core.kernels.elementwise import rotary
+from core.kernels.masked_attention import AttentionMask
 from core.layers.forward_info import ForwardInfo
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
+from core.parallel.cutting import Block, split_units
 from core.parallel.placement import Placement
 from core.parallel.random import DropoutKey, normal_init
-from core.parallel.sharding import Block, split_units
 from core.spec import IDENTITY, ModuleSpec, build_module
 
 
@@ -76,7 +78,7 @@ class SelfAttentionSubmodules:
     """Norm over each key head, before rotary embedding."""
 
 
-class _Attention(nn.Module):
+class HeadsOfRank(nn.Module):
     """What self- and cross-attention share: head counts, the core, the output projection."""
 
     core_attention: CoreAttention
@@ -93,15 +95,16 @@ class _Attention(nn.Module):
 
     def _build_core(
         self,
-        submodules: "SelfAttentionSubmodules | CrossAttentionSubmodules",
+        core_attention: ModuleSpec[CoreAttention],
+        linear_proj: ModuleSpec[RowParallelLinear],
         config: TransformerConfig,
         place: Placement,
         **params: Any,
     ) -> None:
         """Make the core, with `params`, and the output projection."""
-        self.core_attention = build_module(submodules.core_attention, config, place, **params)
+        self.core_attention = build_module(core_attention, config, place, **params)
         self.linear_proj = build_module(
-            submodules.linear_proj,
+            linear_proj,
             place,
             self.q_block,
             config.hidden_size,
@@ -119,7 +122,7 @@ class _Attention(nn.Module):
         return x.unflatten(-1, (count, self.head_dim))
 
 
-class SelfAttention(_Attention):
+class SelfAttention(HeadsOfRank):
     """Queries, keys and values from one fused projection `[q | k | v]`."""
 
     def __init__(
@@ -159,7 +162,7 @@ class SelfAttention(_Attention):
             submodules.k_norm, place, self.head_dim, config.norm_epsilon, per_head=True
         )
         core = {"name": f"{name}.core_attention", "causal": causal, "window": window}
-        self._build_core(submodules, config, place, **core)
+        self._build_core(submodules.core_attention, submodules.linear_proj, config, place, **core)
 
     def forward(self, x: Tensor, info: ForwardInfo) -> Tensor:
         """`[s, b, h]` (`[s / tp, b, h]` under sequence parallelism) to the same shape, without the
@@ -175,55 +178,3 @@ class SelfAttention(_Attention):
         if info.cache is not None:
             k, v, mask = info.cache.extend(self.name, k, v)
         return self.linear_proj(self.core_attention(q, k, v, info.key, mask))
-
-
-@dataclass(frozen=True)
-class CrossAttentionSubmodules:
-    """The parts of cross-attention."""
-
-    linear_q: ModuleSpec[ColumnParallelLinear]
-    linear_kv: ModuleSpec[ColumnParallelLinear]
-    core_attention: ModuleSpec[CoreAttention]
-    linear_proj: ModuleSpec[RowParallelLinear]
-
-
-class CrossAttention(_Attention):
-    """Queries from the decoder, keys and values `[k | v]` from the encoder's output."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        place: Placement,
-        *,
-        name: str,
-        submodules: CrossAttentionSubmodules,
-    ) -> None:
-        super().__init__(config, place)
-        init = normal_init(config.init_std)
-        self.linear_q = build_module(
-            submodules.linear_q,
-            place,
-            config.hidden_size,
-            [self.q_block],
-            init=init,
-            bias=config.qkv_bias,
-        )
-        self.linear_kv = build_module(
-            submodules.linear_kv,
-            place,
-            config.hidden_size,
-            [self.kv_block, self.kv_block],
-            init=init,
-            bias=config.qkv_bias,
-        )
-        core = {"name": f"{name}.core_attention", "causal": False}
-        self._build_core(submodules, config, place, **core)
-
-    def forward(self, x: Tensor, info: ForwardInfo) -> Tensor:
-        """`[s, b, h]` (`[s / tp, b, h]` under sequence parallelism) to the same shape, without the
-        output bias; `info.encoded` must be there.
-        """
-        q = self._heads(self.linear_q(x), self.heads)
-        kv = self._heads(self.linear_kv(info.encoded), 2 * self.groups)
-        k, v = kv.split(self.groups, dim=2)
-        return self.linear_proj(self.core_attention(q, k, v, info.key))

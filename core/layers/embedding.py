@@ -1,5 +1,6 @@
-"""Token embedding and output head, both cut over the vocabulary, and the table of learned
-positions. Legend: b batch, s sequence, v local rows, h width.
+"""Token embedding and output head, both cut over the vocabulary.
+
+Legend: b batch, s sequence, v local rows, h width.
 """
 
 from typing import Any
@@ -8,20 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from core.data_parallel.main_grad import accumulate_rows
-from core.errors import ConfigError
 from core.kernels.cross_entropy import VocabSlice
 from core.kernels.embedding import look_up
-from core.layers.linear import Kind, Plan, parallel_linear
+from core.layers.linear import Plan, parallel_linear
 from core.parallel.collectives import reduce_from, reduce_scatter_sequence
+from core.parallel.cutting import split_vocab
 from core.parallel.placement import Placement
 from core.parallel.random import Init
-from core.parallel.sharding import (
-    Declaration,
-    GradKind,
-    declare_parameter,
-    split_vocab,
-    whole_copy,
-)
+from core.parallel.sharding import Declaration, GradKind
 
 
 class _Lookup(torch.autograd.Function):
@@ -40,6 +35,14 @@ class _Lookup(torch.autograd.Function):
         return None, accumulate_rows(ctx.weight, rows.flatten(), grads[0].flatten(0, -2)), None
 
 
+def table_rows(tokens: Tensor, weight: nn.Parameter, first: int = 0) -> Tensor:
+    """`[..., h]` of a table `[v, h]` for int64 `[...]`, counted from `first`; zeros for what it
+    does not have.
+    """
+    out: Tensor = _Lookup.apply(tokens, weight, first)
+    return out
+
+
 def vocab_parallel_parameter(
     module: nn.Module,
     place: Placement,
@@ -56,20 +59,14 @@ def vocab_parallel_parameter(
     axis = place.ctx.tp
     grad: GradKind = "same" if across is None else "partial"
     rows, copies = split_vocab(vocab_size, axis.rank, axis.size, hidden_size, grad)
-    weight = declare_parameter(
-        module,
-        "weight",
-        (rows, hidden_size),
-        Declaration(
-            (vocab_size, hidden_size),
-            copies,
-            init,
-            global_name=across,
-            across_stages=across is not None,
-        ),
-        dtype=place.dtype,
-        device=place.device,
+    declaration = Declaration(
+        (vocab_size, hidden_size),
+        copies,
+        init,
+        global_name=across,
+        across_stages=across is not None,
     )
+    weight = place.declare(module, "weight", (rows, hidden_size), declaration)
     valid = copies[0].local.shape[0] if copies else 0
     return weight, VocabSlice(axis, axis.rank * rows, valid, vocab_size)
 
@@ -103,57 +100,9 @@ class VocabParallelEmbedding(nn.Module):
         Returns:
             `[s, b, h]`, or `[s / tp, b, h]` under sequence parallelism.
         """
-        hidden = _Lookup.apply(tokens.t().contiguous(), self.weight, self.part.first)
+        hidden = table_rows(tokens.t().contiguous(), self.weight, self.part.first)
         reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from
         return reduce(hidden, self.part.axis)
-
-
-class LearnedPositions(nn.Module):
-    """Table of position vectors, whole on every tp rank (Radford et al., "GPT", 2018)."""
-
-    def __init__(self, place: Placement, positions: int, hidden_size: int, *, init: Init) -> None:
-        """Declare the table `[positions, hidden_size]`."""
-        super().__init__()
-        self.ctx, self.positions, shape = place.ctx, positions, (positions, hidden_size)
-        # Under sequence parallelism each rank looks up the positions of its own part of the
-        # sequence.
-        grad: GradKind = "partial" if place.ctx.sequence_parallel else "same"
-        self.weight = declare_parameter(
-            self,
-            "weight",
-            shape,
-            Declaration(shape, whole_copy(shape, grad), init),
-            dtype=place.dtype,
-            device=place.device,
-        )
-
-    def forward(self, length: int, positions: Tensor | None = None) -> Tensor:
-        """The vectors to be added to those of a sequence's tokens. No communication.
-
-        Args:
-            length: s of the whole sequence.
-            positions: int64 `[s]` or `[b, s]`; 0 to s - 1 by default, which a packed sequence and
-                a piece of a longer one are not.
-
-        Returns:
-            `[s, 1, h]` or `[s, b, h]`; under sequence parallelism this rank's s / tp of them.
-
-        Raises:
-            ConfigError: the sequence is longer than the table. (Given positions are not looked at,
-                since they may be on a GPU.)
-        """
-        if length > self.positions:
-            raise ConfigError(
-                f"a sequence of {length} tokens is longer than the model's {self.positions} "
-                "learned positions: shorten it"
-            )
-        if positions is None:
-            positions = torch.arange(length, device=self.weight.device)
-        if self.ctx.sequence_parallel:
-            positions = positions.chunk(self.ctx.tp.size, dim=-1)[self.ctx.tp.rank]
-        rows = positions[:, None] if positions.dim() == 1 else positions.t().contiguous()
-        out: Tensor = _Lookup.apply(rows, self.weight, 0)
-        return out
 
 
 class VocabParallelHead(nn.Module):
@@ -175,14 +124,13 @@ class VocabParallelHead(nn.Module):
         `vocab_parallel_parameter`.
         """
         super().__init__()
-        kind: Kind = "sequence" if place.ctx.sequence_parallel else "alike"
         if tied_to is None:
             self.weight, self.part = vocab_parallel_parameter(
                 self, place, vocab_size, hidden_size, init, across
             )
         else:
             self.weight, self.part = tied_to.weight, tied_to.part
-        self.plan = Plan(self.part.axis, kind, "own", overlap=place.ctx.tp_overlap)
+        self.plan = Plan.of(place.ctx, "output")
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[s, b, h]` (`[s / tp, b, h]` under sequence parallelism) to logits `[s, b, v]`, padding

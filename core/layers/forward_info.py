@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from core.generation.cache import KeyValueCache
-from core.kernels.attention import Documents
+from core.kernels.masked_attention import Documents
 from core.parallel.random import DropoutKey
 
 

@@ -12,34 +12,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from core.config.parallel import TpOverlap
-from core.data_parallel.main_grad import accumulate_sum, put_off
+from core.data_parallel.deferred import put_off
+from core.data_parallel.main_grad import accumulate_sum
 from core.errors import ConfigError
-from core.layers.overlap import OVERLAPS, Product, gather, start_gather
-from core.layers.products import PLAIN, Cut, Factor, Products
+from core.layers.overlap import OVERLAPS
+from core.layers.products import PLAIN, Cut, Factor, Product, Products, gather, start_gather
 from core.parallel.collectives import (
     all_reduce,
     start_all_reduce,
     start_reduce_scatter_first,
     wait,
 )
-from core.parallel.context import Axis
+from core.parallel.context import Axis, ParallelContext
+from core.parallel.cutting import Block, split_blocks, whole_copy
 from core.parallel.placement import Placement
 from core.parallel.random import ZEROS, Init
-from core.parallel.sharding import (
-    Block,
-    Declaration,
-    GradKind,
-    declare_parameter,
-    split_blocks,
-    whole_copy,
-)
-
-Kind = Literal["alike", "sequence", "own"]
-"""What an input or an output is over the axis. alike: the same on all ranks; sequence: a part of
-the sequence; own: this rank's own features. An output that is not its own is the sum of what all
-ranks compute."""
-
-_CUTS: dict[Kind, Cut] = {"alike": "alike", "sequence": "rows", "own": "columns"}
+from core.parallel.sharding import Declaration, GradKind
 
 
 @dataclass(frozen=True)
@@ -48,18 +36,30 @@ class Plan:
 
     axis: Axis
     """The tensor-parallel axis."""
-    x: Kind
-    """What the input is: gathered first if a part of the sequence."""
-    y: Kind
-    """What the output shall be."""
-    products: Products = PLAIN
-    overlap: TpOverlap = "none"
+    x: Cut
+    """How the input lies over the axis; rows, which are tokens, are gathered first."""
+    y: Cut
+    """How the output shall lie: by columns, or else as the sum of what all ranks compute."""
+    products: Products
+    overlap: TpOverlap
     """How the sequence's communication is hidden."""
+
+    @classmethod
+    def of(
+        cls, ctx: ParallelContext, cut: Literal["input", "output"], products: Products = PLAIN
+    ) -> "Plan":
+        """Of a layer whose input or output features are cut over tp. On the other side is the
+        residual stream: a part of the sequence, or the same on all ranks.
+        """
+        own: Cut = "columns"
+        stream: Cut = "rows" if ctx.sequence_parallel else "alike"
+        x, y = (own, stream) if cut == "input" else (stream, own)
+        return cls(ctx.tp, x, y, products, ctx.tp_overlap)
 
     @property
     def weight(self) -> Cut:
-        """How the weight is cut."""
-        return "columns" if self.x == "own" else "rows"
+        """How the weight lies."""
+        return "columns" if self.x == "columns" else "rows"
 
 
 class _Linear(torch.autograd.Function):
@@ -81,16 +81,16 @@ class _Linear(torch.autograd.Function):
         axis, products = plan.axis, plan.products
         flat = x.detach().flatten(0, -2).contiguous()
         keeps = training and weight.requires_grad
-        factor, kept = products.factors(flat, _CUTS[plan.x], axis, gradient=False, both=keeps)
+        factor, kept = products.factors(flat, plan.x, axis, gradient=False, both=keeps)
         ctx.weight, ctx.bias, ctx.plan = weight, bias, plan
         if keeps:
             # The part of the sequence is kept, not the gathered whole: 1 / tp of the memory.
             ctx.save_for_backward(*kept.by_token, *kept.shared)
             ctx.by_token = len(kept.by_token)
         product = _prepared(plan, weight, bias, gradient=False)
-        if plan.x == "sequence":
+        if plan.x == "rows":
             y, _ = OVERLAPS[plan.overlap].of_gathered(factor, product, axis)
-        elif plan.y == "sequence":
+        elif plan.y == "rows":
             y = OVERLAPS[plan.overlap].scattered(factor, product, axis)
         else:
             y = product(factor)
@@ -105,10 +105,10 @@ class _Linear(torch.autograd.Function):
         weight, plan, axis, products = ctx.weight, ctx.plan, ctx.plan.axis, ctx.plan.products
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         flat = grads[0].flatten(0, -2).contiguous()
-        dy, dy_kept = products.factors(flat, _CUTS[plan.y], axis, gradient=True, both=needs_weight)
+        dy, dy_kept = products.factors(flat, plan.y, axis, gradient=True, both=needs_weight)
         product = _prepared(plan, weight, None, gradient=True) if needs_x else None
         dx, dweight, dbias, reducing = None, None, None, None
-        if plan.y == "sequence":
+        if plan.y == "rows":
             one = dy_kept is dy
             if product is None:
                 dy = gather(dy, axis)
@@ -122,13 +122,13 @@ class _Linear(torch.autograd.Function):
             x = Factor(saved[: ctx.by_token], saved[ctx.by_token :])
             if put_off(weight, _later(plan, weight, dy_kept, x)):
                 needs_weight = False
-            elif plan.x == "sequence":
+            elif plan.x == "rows":
                 x, gathering = start_gather(x, axis)
         if product is not None and dx is None:
             dx = product(dy)
             if plan.x == "alike":
                 reducing = start_all_reduce(dx, axis)
-            elif plan.x == "sequence":
+            elif plan.x == "rows":
                 dx, reducing = start_reduce_scatter_first(dx, axis)
         for work in gathering:
             wait(work)
@@ -153,7 +153,7 @@ def _later(plan: Plan, weight: nn.Parameter, dy: Factor, x: Factor) -> Callable[
     """
 
     def compute() -> None:
-        whole = gather(x, plan.axis) if plan.x == "sequence" else x
+        whole = gather(x, plan.axis) if plan.x == "rows" else x
         plan.products.weight_gradient(weight, dy, whole)
 
     return compute
@@ -170,8 +170,8 @@ def parallel_linear(
 
     Args:
         x: `[s, b, i]`, `[s / tp, b, i]` or `[s, b, i / tp]`, as the plan says.
-        weight: `[o / tp, i]`, or `[o, i / tp]` where the input is this rank's own.
-        bias: `[o / tp]`, for outputs that are this rank's own.
+        weight: `[o / tp, i]`, or `[o, i / tp]` where the input is cut by features.
+        bias: `[o / tp]`, for outputs that are cut by features.
         plan: what input and output are, and how they are multiplied.
 
     Returns:
@@ -216,32 +216,17 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         axis = place.ctx.tp
         products.check(place.ctx.device)
-        kind: Kind = "sequence" if place.ctx.sequence_parallel else "alike"
-        self.plan = Plan(axis, kind, "own", products, place.ctx.tp_overlap)
+        self.plan = Plan.of(place.ctx, "output", products)
         self.skip_bias_add = skip_bias_add
-        rank, size = axis.rank, axis.size
         total = sum(block.rows for block in blocks)
-        rows, copies = split_blocks(blocks, rank, size, other=(in_features,))
-        self.weight = declare_parameter(
-            self,
-            "weight",
-            (rows, in_features),
-            Declaration((total, in_features), copies, init),
-            dtype=place.dtype,
-            device=place.device,
-        )
+        rows, copies = split_blocks(blocks, axis.rank, axis.size, other=(in_features,))
+        weight = Declaration((total, in_features), copies, init)
+        self.weight = place.declare(self, "weight", (rows, in_features), weight)
         self.bias: nn.Parameter | None
         if bias:
-            self.bias = declare_parameter(
-                self,
-                "bias",
-                (rows,),
-                Declaration(
-                    (total,), split_blocks(blocks, rank, size)[1], ZEROS, weight_decay=False
-                ),
-                dtype=place.dtype,
-                device=place.device,
-            )
+            copies = split_blocks(blocks, axis.rank, axis.size)[1]
+            declaration = Declaration((total,), copies, ZEROS, weight_decay=False)
+            self.bias = place.declare(self, "bias", (rows,), declaration)
         else:
             self.bias = None
 
@@ -282,10 +267,9 @@ class RowParallelLinear(nn.Module):
             ConfigError: the input features cannot be divided over tp.
         """
         super().__init__()
-        axis, sequence_parallel = place.ctx.tp, place.ctx.sequence_parallel
+        axis = place.ctx.tp
         products.check(place.ctx.device)
-        kind: Kind = "sequence" if sequence_parallel else "alike"
-        self.plan = Plan(axis, "own", kind, products, place.ctx.tp_overlap)
+        self.plan = Plan.of(place.ctx, "input", products)
         self.skip_bias_add = skip_bias_add
         if in_block.count % axis.size:
             # Fewer units than ranks would be held by several, and the sum would count them again.
@@ -296,27 +280,15 @@ class RowParallelLinear(nn.Module):
         columns, copies = split_blocks(
             [in_block], axis.rank, axis.size, dim=1, other=(out_features,)
         )
-        self.weight = declare_parameter(
-            self,
-            "weight",
-            (out_features, columns),
-            Declaration((out_features, in_block.rows), copies, init),
-            dtype=place.dtype,
-            device=place.device,
-        )
+        weight = Declaration((out_features, in_block.rows), copies, init)
+        self.weight = place.declare(self, "weight", (out_features, columns), weight)
         self.bias: nn.Parameter | None
         if bias:
             # Under sequence parallelism each rank adds the bias to its own part of the sequence.
-            grad: GradKind = "partial" if sequence_parallel else "same"
+            grad: GradKind = "partial" if place.ctx.sequence_parallel else "same"
             shape = (out_features,)
-            self.bias = declare_parameter(
-                self,
-                "bias",
-                shape,
-                Declaration(shape, whole_copy(shape, grad), ZEROS, weight_decay=False),
-                dtype=place.dtype,
-                device=place.device,
-            )
+            declaration = Declaration(shape, whole_copy(shape, grad), ZEROS, weight_decay=False)
+            self.bias = place.declare(self, "bias", shape, declaration)
         else:
             self.bias = None
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from core.config.transformer import TransformerConfig
 from core.kernels.elementwise import biased_activation, gated_activation
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
+from core.parallel.cutting import Block
 from core.parallel.placement import Placement
 from core.parallel.random import normal_init
-from core.parallel.sharding import Block
 from core.spec import ModuleSpec, build_module
 
 

@@ -7,10 +7,11 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from core.kernels.elementwise import add_norm, layer_norm, rms_norm
+from core.parallel.cutting import whole_copy
 from core.parallel.placement import Placement
 from core.parallel.random import ONES, ZEROS, Init
 from core.parallel.recompute import is_recomputed
-from core.parallel.sharding import Declaration, GradKind, declare_parameter, whole_copy
+from core.parallel.sharding import Declaration, GradKind
 
 NormParameters = tuple[tuple[str, Init], ...]
 """Names and initial values."""
@@ -41,20 +42,9 @@ def declare_norm(
     grad: GradKind = "partial" if per_head or place.ctx.sequence_parallel else "same"
     for name, init in parameters:
         global_name = None if norm is None else f"{norm}.{name}"
-        declare_parameter(
-            module,
-            f"{prefix}{name}",
-            shape,
-            Declaration(
-                shape,
-                whole_copy(shape, grad),
-                init,
-                weight_decay=False,
-                global_name=global_name,
-            ),
-            dtype=place.dtype,
-            device=place.device,
-        )
+        copies = whole_copy(shape, grad)
+        declaration = Declaration(shape, copies, init, weight_decay=False, global_name=global_name)
+        place.declare(module, f"{prefix}{name}", shape, declaration)
 
 
 class _Norm(nn.Module):

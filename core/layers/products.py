@@ -1,36 +1,19 @@
-"""The three products of a linear layer, `x W^T`, `dy W` and `dy^T x`, in the format of the
-activations or in FP8.
+"""The three products of a linear layer, `x W^T`, `dy W` and `dy^T x`, and the communication of a
+sequence that is cut, before or after them.
 
 Legend: t tokens, n width of an input or of its gradient, i input width, o output width.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.data_parallel.derived import derived
-from core.data_parallel.main_grad import accumulate_gradient, accumulate_product
-from core.errors import ConfigError
-from core.kernels import cublaslt
-from core.kernels.fp8 import (
-    E4M3,
-    E5M2,
-    Fp8Matrix,
-    add_scaled_product,
-    flip,
-    quantize,
-    quantize_both,
-    scale_of_whole,
-    scaled_product,
-    scales_of_columns,
-    scales_of_rows,
-)
-from core.kernels.maxima import maxima_of
-from core.parallel.collectives import all_reduce
+from core.data_parallel.main_grad import accumulate_product
+from core.parallel.collectives import reduce_scatter_first, start_all_gather_first, wait
 from core.parallel.context import Axis
 
 Cut = Literal["alike", "rows", "columns"]
@@ -40,7 +23,7 @@ the output features of a weight) or of its columns (features, or the input featu
 
 @dataclass(frozen=True)
 class Factor:
-    """A matrix of tokens `[t, n]` as a product takes it."""
+    """A matrix of tokens `[t, n]` as a product takes it: itself, or in FP8 with scales."""
 
     by_token: tuple[Tensor, ...]
     """With a row for each token: where tokens are cut, the whole is gathered from these."""
@@ -48,8 +31,10 @@ class Factor:
     """The same on all ranks."""
 
 
-class Products(Protocol):
-    """How a linear layer multiplies."""
+class Products:
+    """How a linear layer multiplies: in the format of the activations, unless a subclass says
+    otherwise (`fp8_products.py`).
+    """
 
     def check(self, device: torch.device) -> None:
         """See that a device can do it.
@@ -73,188 +58,76 @@ class Products(Protocol):
 
         Returns:
             The factor for the product that sums over n, and, if `both`, that for the gradient of
-            the weight, which sums over t. They may be one object.
+            the weight, which sums over t. They may be one object, as here.
         """
-
-    def weight(self, weight: nn.Parameter, cut: Cut, axis: Axis) -> Any:
-        """Prepare this rank's part of a weight `[o, i]`, for `output` and `input_gradient`."""
-
-    def output(self, x: Factor, weight: Any, bias: Tensor | None) -> Tensor:
-        """`x W^T + b` `[t, o]`."""
-
-    def input_gradient(self, dy: Factor, weight: Any) -> Tensor:
-        """`dy W` `[t, i]`."""
-
-    def weight_gradient(self, weight: nn.Parameter, dy: Factor, x: Factor) -> Tensor | None:
-        """Add `dy^T x` to the gradient of the weight; see `accumulate_product`."""
-
-
-class PlainProducts:
-    """Products in the format of the activations."""
-
-    def check(self, device: torch.device) -> None:
-        """Every device can."""
-
-    def factors(
-        self, x: Tensor, cut: Cut, axis: Axis, *, gradient: bool, both: bool
-    ) -> tuple[Factor, Factor]:
-        """The matrix itself, for both."""
         factor = Factor((x,))
         return factor, factor
 
-    def weight(self, weight: nn.Parameter, cut: Cut, axis: Axis) -> Tensor:
-        """The weight itself."""
+    def weight(self, weight: nn.Parameter, cut: Cut, axis: Axis) -> Any:
+        """Prepare this rank's part of a weight `[o, i]`, for `output` and `input_gradient`."""
         return weight
 
-    def output(self, x: Factor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Products`."""
+    def output(self, x: Factor, weight: Any, bias: Tensor | None) -> Tensor:
+        """`x W^T + b` `[t, o]`."""
         (rows,) = x.by_token
         return F.linear(rows, weight, bias)
 
-    def input_gradient(self, dy: Factor, weight: Tensor) -> Tensor:
-        """See `Products`."""
+    def input_gradient(self, dy: Factor, weight: Any) -> Tensor:
+        """`dy W` `[t, i]`."""
         (rows,) = dy.by_token
         return torch.mm(rows, weight)
 
     def weight_gradient(self, weight: nn.Parameter, dy: Factor, x: Factor) -> Tensor | None:
-        """See `Products`."""
+        """Add `dy^T x` to the gradient of the weight; see `accumulate_product`."""
         return accumulate_product(weight, *dy.by_token, *x.by_token)
 
 
-PLAIN = PlainProducts()
+PLAIN = Products()
 
 
 @dataclass(frozen=True)
-class Fp8Weight:
-    """A weight for both products that read it."""
+class Product:
+    """One of those two that read a weight: `x W^T + b`, or `dy W` for a gradient."""
 
-    rows: Fp8Matrix
-    """`[o, i]`."""
-    flipped: Fp8Matrix
-    """`[i, o]`."""
-    dtype: torch.dtype
-    """Of activations."""
+    products: Products
+    weight: Any
+    """As `Products.weight` prepared it."""
+    gradient: bool
+    bias: Tensor | None = None
+
+    def __call__(self, x: Factor) -> Tensor:
+        """`[t, n]` to `[t, m]`, m the width of the result."""
+        if self.gradient:
+            return self.products.input_gradient(x, self.weight)
+        return self.products.output(x, self.weight, self.bias)
 
 
-@dataclass(frozen=True)
-class Fp8Products:
-    """Products of FP8 matrices with current scaling: E4M3, gradients E5M2; results in the format of
-    the activations.
-
-    Every matrix is quantised once and kept so for the backward pass, a weight once a step. One
-    scale for a whole matrix is the fastest. With one for each row a matrix is quantised twice, by
-    token and by feature, since a scale can be taken out of a sum only if all its terms have it.
-
-    Scales are those of the whole matrix, not of this rank's part: its maxima are taken over the
-    axis (all-reduce of one number, or of one for each row or column that is cut). So every tp
-    rounds the same, and quantised tokens can be gathered, in half of the bytes. The exception are
-    gradients of key heads that several ranks hold, each of which has a part of them.
-
-    The gradient of a weight is added in fp32 inside the GEMM. With scales by row it leaves the GEMM
-    in the weight's format and is added then: rounding once to bf16 is little beside what E5M2 has
-    rounded before, and fp32 would take a third more traffic.
+class OneAfterTheOther:
+    """Gather, then multiply; multiply, then scatter. `overlap.py` does both at once. All ranks of
+    the axis call the same.
     """
 
-    by_row: bool = False
-
-    def check(self, device: torch.device) -> None:
-        """Every CPU can (slowly), and GPUs from compute capability 8.9 on. How these add weight
-        gradients is decided here, and said in the log if it is not inside the product.
+    def of_gathered(self, part: Factor, product: Product, axis: Axis) -> tuple[Tensor, Factor]:
+        """The product `[t, m]` of all tokens, of which this rank has `[t / tp, n]`, and the
+        tokens.
         """
-        if device.type != "cuda":
-            return
-        if torch.cuda.get_device_capability(device) < (8, 9):
-            major, minor = torch.cuda.get_device_capability(device)
-            raise ConfigError(
-                f"--precision.fp8 needs a GPU of compute capability 8.9 or more, but "
-                f"{torch.cuda.get_device_name(device)} has {major}.{minor}: leave it out"
-            )
-        if not self.by_row:
-            cublaslt.adder(device)
+        whole = gather(part, axis)
+        return product(whole), whole
 
-    def factors(
-        self, x: Tensor, cut: Cut, axis: Axis, *, gradient: bool, both: bool
-    ) -> tuple[Factor, Factor]:
-        """Quantise. Transposed here, unless the tokens are yet to be gathered.
-
-        Collective over the axis unless `cut` is alike: one or two all-reduces.
-        """
-        dtype = E5M2 if gradient else E4M3
-        scale = self._scale(x, cut, axis, dtype, by_column=False)
-        if not both:
-            by_token = self._by_token(quantize(x, scale, dtype), scale)
-            return by_token, by_token
-        other = self._scale(x, cut, axis, dtype, by_column=True) if self.by_row else scale
-        if cut == "rows":
-            data = quantize(x, scale, dtype)
-            by_token = self._by_token(data, scale)
-            if not self.by_row:
-                return by_token, by_token
-            return by_token, Factor((quantize(x, other, dtype),), (other,))
-        data, flipped = quantize_both(x, scale, other.t(), dtype)
-        return self._by_token(data, scale), Factor((), (flipped, other.t()))
-
-    def weight(self, weight: nn.Parameter, cut: Cut, axis: Axis) -> Fp8Weight:
-        """Quantise, once a step. Collective over the axis."""
-
-        def make() -> Fp8Weight:
-            values = weight.detach()
-            scale = self._scale(values, cut, axis, E4M3, by_column=False)
-            other = scale
-            if self.by_row:
-                other = self._scale(values, cut, axis, E4M3, by_column=True)
-            data, flipped = quantize_both(values, scale, other.t(), E4M3)
-            return Fp8Weight(Fp8Matrix(data, scale), Fp8Matrix(flipped, other.t()), weight.dtype)
-
-        return derived(weight, make)
-
-    def output(self, x: Factor, weight: Fp8Weight, bias: Tensor | None) -> Tensor:
-        """See `Products`."""
-        rows = _matrix(x)
-        return scaled_product(rows, weight.rows, weight.dtype, bias=bias, fast=True)
-
-    def input_gradient(self, dy: Factor, weight: Fp8Weight) -> Tensor:
-        """See `Products`."""
-        return scaled_product(_matrix(dy), weight.flipped, weight.dtype)
-
-    def weight_gradient(self, weight: nn.Parameter, dy: Factor, x: Factor) -> Tensor | None:
-        """See `Products`."""
-        first, second = _flipped(dy), _flipped(x)
-
-        def product(out: Tensor | None) -> Tensor:
-            # With scales by row the product leaves in bf16 alone.
-            if out is None or self.by_row:
-                gradient = scaled_product(first, second, weight.dtype)
-                return gradient if out is None else out.copy_(gradient)
-            return scaled_product(first, second, out.dtype, out=out)
-
-        def add(total: Tensor) -> None:
-            add_scaled_product(total, first, second, weight.dtype)
-
-        return accumulate_gradient(weight, product, add)
-
-    def _scale(
-        self, x: Tensor, cut: Cut, axis: Axis, dtype: torch.dtype, *, by_column: bool
-    ) -> Tensor:
-        """`[1, 1]`, or `[m, 1]` or `[1, n]`, of the whole matrix. The scale of the largest of
-        several matrices is the largest of their scales.
-        """
-        if not self.by_row:
-            scale, spread = scale_of_whole(maxima_of(x), dtype), cut != "alike"
-        elif by_column:
-            scale, spread = scales_of_columns(x, dtype), cut == "rows"
-        else:
-            scale, spread = scales_of_rows(x, dtype), cut == "columns"
-        return all_reduce(scale, axis, dist.ReduceOp.MAX) if spread else scale
-
-    def _by_token(self, data: Tensor, scale: Tensor) -> Factor:
-        return Factor((data, scale)) if self.by_row else Factor((data,), (scale,))
+    def scattered(self, x: Factor, product: Product, axis: Axis) -> Tensor:
+        """This rank's part `[t / tp, m]` of the sum over the axis of a product of `[t, n]`."""
+        return reduce_scatter_first(product(x), axis)
 
 
-def _matrix(factor: Factor) -> Fp8Matrix:
-    return Fp8Matrix(*factor.by_token, *factor.shared)
+def start_gather(part: Factor, axis: Axis) -> tuple[Factor, list[dist.Work | None]]:
+    """All tokens from the ranks that have some; to be read after the works."""
+    started = [start_all_gather_first(x, axis) for x in part.by_token]
+    return Factor(tuple(x for x, _ in started), part.shared), [work for _, work in started]
 
 
-def _flipped(factor: Factor) -> Fp8Matrix:
-    """`[n, t]`: as it has been quantised, or, gathered since then, transposed now."""
-    return flip(_matrix(factor)) if factor.by_token else _matrix(factor)
+def gather(part: Factor, axis: Axis) -> Factor:
+    """`start_gather`, waited for."""
+    whole, works = start_gather(part, axis)
+    for work in works:
+        wait(work)
+    return whole

@@ -91,19 +91,18 @@ class RotaryEmbedding:
         self._factor = attention_factor(rope)
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, length: int, device: torch.device, start: int = 0) -> tuple[Tensor, Tensor]:
-        """Tables for positions `start` to `start + length - 1`: two fp32 tensors `[length, r]`."""
-        end = start + length
-        if device not in self._tables or self._tables[device][0].shape[0] < end:
+    def __call__(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tables for positions 0 to `length` - 1: two fp32 tensors `[length, r]`."""
+        if device not in self._tables or self._tables[device][0].shape[0] < length:
             # Ordinary tensors even if generation comes first: autograd refuses inference tensors.
             with torch.inference_mode(False):
-                positions = torch.arange(end, dtype=torch.float32)
+                positions = torch.arange(length, dtype=torch.float32)
                 angles = torch.outer(positions, self._frequencies)
                 angles = torch.cat((angles, angles), dim=-1)
                 cos, sin = angles.cos() * self._factor, angles.sin() * self._factor
                 self._tables[device] = cos.to(device), sin.to(device)
         cos, sin = self._tables[device]
-        return cos[start:end], sin[start:end]
+        return cos[:length], sin[:length]
 
     def at(
         self, positions: Tensor | None, length: int, device: torch.device

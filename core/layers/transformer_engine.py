@@ -6,30 +6,31 @@ aside, made on the meta device, and lends it its own parameters before every cal
 module tree is then what `declare_parameter` made, whatever a release (2.9 to 2.20 were read)
 registers and however it initialises; and the package is imported where a layer is made, not before.
 
-Legend: s sequence, b batch, h width, i input width, o output width, n query and g key heads of this
-rank, d head size.
+Legend: h width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from core.config.transformer import TransformerConfig
+from core.data_parallel.deferred import put_off
 from core.data_parallel.derived import derived
-from core.data_parallel.main_grad import put_off, say_ready
-from core.kernels.attention import AttentionMask, mask_generator
+from core.data_parallel.main_grad import say_ready
+from core.kernels.attention import mask_generator
+from core.kernels.masked_attention import AttentionMask
 from core.layers.attention import CoreAttention
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.norm import LayerNorm, RMSNorm, declare_norm
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import split_units
 from core.parallel.placement import Placement
-from core.parallel.random import DropoutKey, Init
-from core.parallel.sharding import Block, split_units
+from core.parallel.random import DropoutKey
 
 Recipe = Literal["none", "current", "delayed", "blockwise"]
 
@@ -177,65 +178,75 @@ class _LinearEngine(_Engine):
         }
 
 
-def _linear_options(place: Placement, options: EngineOptions) -> dict[str, Any]:
-    """Arguments of every linear module. Userbuffers, which need NVLink multicast, stay off."""
-    return {
-        "tp_group": place.ctx.tp.group,
-        "tp_size": place.ctx.tp.size,
-        "sequence_parallel": place.ctx.sequence_parallel,
-        "params_dtype": place.dtype,
-        "delay_wgrad_compute": options.split_backward,
-        "device": "meta",
-    }
+class _EngineLinear(nn.Module):
+    """What is put before a local linear layer in a class's bases: the layer is made as it is, and a
+    Transformer Engine module computes in its place.
+    """
 
-
-class EngineColumnParallelLinear(ColumnParallelLinear):
-    """Linear layer cut by output features."""
+    MODE: ClassVar[Literal["column", "row"]]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    skip_bias_add: bool
 
     def __init__(
-        self,
-        place: Placement,
-        in_features: int,
-        blocks: Sequence[Block],
-        *,
-        init: Init,
-        bias: bool = False,
-        skip_bias_add: bool = False,
-        options: EngineOptions,
+        self, place: Placement, *features: Any, options: EngineOptions, **local: Any
     ) -> None:
         """As the local layer; `options` are the backend's."""
-        super().__init__(
-            place, in_features, blocks, init=init, bias=bias, skip_bias_add=skip_bias_add
+        super().__init__(place, *features, **local)
+        tp, (rows, columns) = place.ctx.tp, self.weight.shape
+        by_column = self.MODE == "column"
+        adds_bias = self.bias is not None and not self.skip_bias_add
+        # Where the input is cut the bias is added once, after the sum; and its gradient, put off
+        # with that of the weight, would not pass through autograd.
+        fuses_bias = adds_bias and by_column and not options.split_backward
+        self._adds_bias = adds_bias and not fuses_bias
+        make, more, lent = self._kind(place)
+        # No userbuffers: they need NVLink multicast.
+        module = make(
+            columns if by_column else columns * tp.size,
+            # Rows of replicated key heads count once for each holder.
+            rows * tp.size if by_column else rows,
+            bias=fuses_bias,
+            parallel_mode=self.MODE,
+            tp_group=tp.group,
+            tp_size=tp.size,
+            sequence_parallel=place.ctx.sequence_parallel,
+            params_dtype=place.dtype,
+            delay_wgrad_compute=options.split_backward,
+            device="meta",
+            **more,
         )
-        # A bias gradient that is put off would not pass through autograd.
-        fuses_bias = bias and not skip_bias_add and not options.split_backward
-        self._adds_bias = bias and not skip_bias_add and not fuses_bias
-        self._engine = self._make_engine(place, options, {"bias": "bias"} if fuses_bias else {})
+        lent = {"weight": "weight", **lent, **({"bias": "bias"} if fuses_bias else {})}
+        self._engine = _LinearEngine(module, self, lent, place, options)
 
-    def _make_engine(
-        self, place: Placement, options: EngineOptions, bias: dict[str, str]
-    ) -> _LinearEngine:
+    def _kind(self, place: Placement) -> tuple[Any, dict[str, Any], dict[str, str]]:
+        """The module's class, arguments of its own, and which parameters it is lent beside weight
+        and bias.
+        """
         import transformer_engine.pytorch as te
 
-        rows, columns = self.weight.shape
-        module = te.Linear(
-            columns,
-            # Rows of replicated key heads count once for each holder.
-            rows * place.ctx.tp.size,
-            bias=bool(bias),
-            parallel_mode="column",
-            **_linear_options(place, options),
-        )
-        return _LinearEngine(module, self, {"weight": "weight", **bias}, place, options)
+        return te.Linear, {}, {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[s, b, i]` (`[s / tp, b, i]` under sequence parallelism) to `[s, b, o / tp]`."""
+        """As the local layer."""
         y = self._engine(self, x)
         return y + self.bias if self._adds_bias and self.bias is not None else y
 
     def scaling_state(self) -> dict[str, Tensor]:
         """What FP8 keeps from step to step."""
         return self._engine.scaling_state()
+
+
+class EngineColumnParallelLinear(_EngineLinear, ColumnParallelLinear):
+    """Linear layer cut by output features."""
+
+    MODE = "column"
+
+
+class EngineRowParallelLinear(_EngineLinear, RowParallelLinear):
+    """Linear layer cut by input features."""
+
+    MODE = "row"
 
 
 @dataclass(frozen=True)
@@ -251,139 +262,66 @@ class FusedNorm:
 class EngineNormColumnParallelLinear(EngineColumnParallelLinear):
     """A norm and the linear layer after it, cut by output features, as one."""
 
-    def __init__(
-        self,
-        place: Placement,
-        in_features: int,
-        blocks: Sequence[Block],
-        *,
-        init: Init,
-        norm: FusedNorm,
-        options: EngineOptions,
-        **bias: bool,
-    ) -> None:
-        """As the local linear layer, with `bias` and `skip_bias_add`; `norm` and `options` are the
-        backend's.
-        """
+    def __init__(self, place: Placement, *features: Any, norm: FusedNorm, **local: Any) -> None:
+        """As the local linear layer; `norm` and `options` are the backend's."""
         self._norm = norm
-        super().__init__(place, in_features, blocks, init=init, options=options, **bias)
+        super().__init__(place, *features, **local)
 
-    def _make_engine(
-        self, place: Placement, options: EngineOptions, bias: dict[str, str]
-    ) -> _LinearEngine:
+    def _kind(self, place: Placement) -> tuple[Any, dict[str, Any], dict[str, str]]:
         import transformer_engine.pytorch as te
 
-        rows, columns = self.weight.shape
-        parameters = (RMSNorm if self._norm.kind == "rmsnorm" else LayerNorm).PARAMETERS
-        declare_norm(self, place, parameters, columns, prefix="norm_", norm=self._norm.name)
-        module = te.LayerNormLinear(
-            columns,
-            rows * place.ctx.tp.size,
-            eps=self._norm.eps,
-            normalization="RMSNorm" if self._norm.kind == "rmsnorm" else "LayerNorm",
-            bias=bool(bias),
-            parallel_mode="column",
-            **_linear_options(place, options),
-        )
-        norm = {f"layer_norm_{name}": f"norm_{name}" for name, _ in parameters}
-        return _LinearEngine(module, self, {"weight": "weight", **norm, **bias}, place, options)
+        norm = self._norm
+        local = RMSNorm if norm.kind == "rmsnorm" else LayerNorm
+        width = self.weight.shape[1]
+        declare_norm(self, place, local.PARAMETERS, width, prefix="norm_", norm=norm.name)
+        more = {"eps": norm.eps, "normalization": local.__name__}
+        lent = {f"layer_norm_{name}": f"norm_{name}" for name, _ in local.PARAMETERS}
+        return te.LayerNormLinear, more, lent
 
 
-class EngineRowParallelLinear(RowParallelLinear):
-    """Linear layer cut by input features."""
+class _EngineNorm(nn.Module):
+    """A norm over the last dimension, by the Transformer Engine module of the local one's name."""
 
-    def __init__(
-        self,
-        place: Placement,
-        in_block: Block,
-        out_features: int,
-        *,
-        init: Init,
-        bias: bool = False,
-        skip_bias_add: bool = False,
-        options: EngineOptions,
-    ) -> None:
-        """As the local layer; `options` are the backend's."""
-        super().__init__(
-            place, in_block, out_features, init=init, bias=bias, skip_bias_add=skip_bias_add
-        )
+    LOCAL: ClassVar[type[RMSNorm] | type[LayerNorm]]
+
+    def __init__(self, place: Placement, size: int, eps: float, *, per_head: bool = False) -> None:
+        """As the local norm."""
+        super().__init__()
+        declare_norm(self, place, self.LOCAL.PARAMETERS, size, per_head=per_head)
         import transformer_engine.pytorch as te
 
-        rows, columns = self.weight.shape
-        module = te.Linear(
-            columns * place.ctx.tp.size,
-            rows,
-            bias=False,
-            parallel_mode="row",
-            **_linear_options(place, options),
-        )
-        self._engine = _LinearEngine(module, self, {"weight": "weight"}, place, options)
+        make = getattr(te, self.LOCAL.__name__)
+        module = make(size, eps=eps, dtype=place.dtype, device="meta")
+        self._engine = _Engine(module, self, {name: name for name, _ in self.LOCAL.PARAMETERS})
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[s, b, i / tp]` to `[s, b, o]` (all-reduce) or `[s / tp, b, o]` (reduce-scatter,
-        sequence parallel).
-        """
-        y = self._engine(self, x)
-        return y if self.bias is None or self.skip_bias_add else y + self.bias
-
-    def scaling_state(self) -> dict[str, Tensor]:
-        """What FP8 keeps from step to step."""
-        return self._engine.scaling_state()
+        """`[..., h]` to the same shape."""
+        y: Tensor = self._engine.lend(self)(x)
+        return y
 
 
-class EngineRMSNorm(nn.Module):
+class EngineRMSNorm(_EngineNorm):
     """Root mean square norm; it rounds once, after the weight is applied."""
 
-    def __init__(self, place: Placement, size: int, eps: float, *, per_head: bool = False) -> None:
-        """As the local norm."""
-        super().__init__()
-        declare_norm(self, place, RMSNorm.PARAMETERS, size, per_head=per_head)
-        import transformer_engine.pytorch as te
-
-        module = te.RMSNorm(size, eps=eps, dtype=place.dtype, device="meta")
-        self._engine = _Engine(module, self, {"weight": "weight"})
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., h]` to the same shape."""
-        y: Tensor = self._engine.lend(self)(x)
-        return y
+    LOCAL = RMSNorm
 
 
-class EngineLayerNorm(nn.Module):
+class EngineLayerNorm(_EngineNorm):
     """Layer norm with weight and bias."""
 
-    def __init__(self, place: Placement, size: int, eps: float, *, per_head: bool = False) -> None:
-        """As the local norm."""
-        super().__init__()
-        declare_norm(self, place, LayerNorm.PARAMETERS, size, per_head=per_head)
-        import transformer_engine.pytorch as te
-
-        module = te.LayerNorm(size, eps=eps, dtype=place.dtype, device="meta")
-        self._engine = _Engine(module, self, {"weight": "weight", "bias": "bias"})
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., h]` to the same shape."""
-        y: Tensor = self._engine.lend(self)(x)
-        return y
+    LOCAL = LayerNorm
 
 
 class EngineCoreAttention(CoreAttention):
     """The attention itself, by the kernel that Transformer Engine chooses. In 16 bits always."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        place: Placement,
-        *,
-        name: str,
-        causal: bool,
-        window: int | None = None,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, place: Placement, **local: Any) -> None:
         """As the local attention."""
-        super().__init__(config, place, name=name, causal=causal, window=window)
+        super().__init__(config, place, **local)
         import transformer_engine.pytorch as te
 
-        tp, behind = place.ctx.tp, -1 if window is None else window - 1
+        tp, causal, window = place.ctx.tp, self.pattern.causal, self.pattern.window
+        behind = -1 if window is None else window - 1
         # Heads of this rank, and nothing said of tp: heads are independent, and key heads that
         # several ranks hold would not divide by it. Aside like other modules.
         self._kernels = {

@@ -1,14 +1,9 @@
-"""Sharing groups, and what follows from them: gradient sums inside a model replica, the gradient
-norm, and the check that copies agree.
-
-Ranks that hold the same box of a parameter form its sharing group; the lowest is its owner.
+"""What becomes of gradients inside a model replica, once the sum over dp is done: a sum where each
+holder of a box has a part, and the norm.
 """
 
-import hashlib
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,110 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.data_parallel.regions import Fragment, Region
-from core.errors import TrainingError
 from core.kernels.reduction import sum_of_squares
-from core.parallel.collectives import all_reduce
+from core.parallel.collectives import all_gather_objects, all_reduce
 from core.parallel.context import Axis, ParallelContext
-from core.parallel.sharding import Box, BoxCopy, DeclaredParameter, GradKind, local_boxes
-
-
-@dataclass(frozen=True, slots=True)
-class SharedBox:
-    """One box that this rank holds, and who else in its replica does."""
-
-    name: str
-    """Global name of the parameter."""
-    copy: BoxCopy
-    ranks: tuple[int, ...]
-    """Global ranks of this replica that hold the box, in order, this one included."""
-
-    @property
-    def owner(self) -> int:
-        """The rank that counts and saves the box."""
-        return self.ranks[0]
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """The sharing groups of this rank's boxes."""
-
-    rank: int
-    """This rank in the world."""
-    boxes: tuple[SharedBox, ...]
-    """All boxes of this rank, in the order of `local_boxes`."""
-    elements: int
-    """Of all parameters of the model, each counted once."""
-    groups: Mapping[tuple[int, ...], dist.ProcessGroup]
-    """A process group for every set of ranks that shares a partial gradient."""
-
-    def owns(self, box: SharedBox) -> bool:
-        """Whether this rank is the owner."""
-        return box.owner == self.rank
-
-
-def publish_sharing(parameters: dict[str, DeclaredParameter], ctx: ParallelContext) -> Sharing:
-    """Find out who holds what; called once, when the model is built.
-
-    Collective: one gather of names and boxes over a replica, one of rank sets over the world, and
-    the creation of groups for partial gradients.
-
-    Raises:
-        ValueError: the boxes of a parameter do not cover it exactly, or its holders declare
-            different gradient kinds.
-    """
-    mine = [
-        (declared.sharding.name, declared.sharding.global_shape, copy.global_, copy.grad)
-        for declared, copy in local_boxes(parameters)
-    ]
-    holders: dict[tuple[str, Box], list[int]] = defaultdict(list)
-    kinds: dict[tuple[str, Box], GradKind] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for rank, published in zip(ctx.model.ranks, _all_gather(mine, ctx.model), strict=True):
-        for name, shape, box, kind in published:
-            holders[name, box].append(rank)
-            if (
-                kinds.setdefault((name, box), kind) != kind
-                or shapes.setdefault(name, shape) != shape
-            ):
-                raise ValueError(f"{name}: its holders disagree on its shape or gradient kind")
-    _check_cover(shapes, holders)
-    boxes = tuple(
-        SharedBox(
-            declared.sharding.name, copy, tuple(holders[declared.sharding.name, copy.global_])
-        )
-        for declared, copy in local_boxes(parameters)
-    )
-    # Groups are made by all processes together, for every replica in one list.
-    partial = {tuple(holders[key]) for key, kind in kinds.items() if kind == "partial"}
-    everywhere = set().union(*_all_gather(partial, ctx.world)) if ctx.world.size > 1 else set()
-    groups = ctx.new_groups(sorted(everywhere))
-    rank = ctx.model.ranks[ctx.model.rank]
-    own = {ranks: group for ranks, group in groups.items() if rank in ranks and group is not None}
-    return Sharing(rank, boxes, sum(map(math.prod, shapes.values())), own)
-
-
-def _all_gather(mine: Any, axis: Axis) -> list[Any]:
-    if axis.group is None:
-        return [mine]
-    gathered: list[Any] = [None] * axis.size
-    dist.all_gather_object(gathered, mine, group=axis.group)
-    return gathered
-
-
-def _check_cover(shapes: dict[str, tuple[int, ...]], holders: Iterable[tuple[str, Box]]) -> None:
-    """Overlapping boxes would be counted twice, and a hole never trained."""
-    covered = dict.fromkeys(shapes, 0)
-    for name, box in holders:
-        covered[name] += box.numel
-    for name, numel in covered.items():
-        if numel != math.prod(shapes[name]):
-            raise ValueError(
-                f"{name}: the boxes of all ranks have {numel} elements together, but the tensor "
-                f"{shapes[name]} has {math.prod(shapes[name])}"
-            )
-
-
-# ---- Gradients -----------------------------------------------------------------------------------
+from core.parallel.sharding import Box, BoxCopy
+from core.parallel.sharing import SharedBox, Sharing
 
 
 class ReplicaGradients:
@@ -211,11 +107,11 @@ def _holding(boxes: Iterable[SharedBox], copy: BoxCopy) -> SharedBox:
 def _check_cuts(mine: Mapping[tuple[tuple[int, ...], str], Any], axis: Axis) -> None:
     """Summing boxes of different cuts would mix gradients of different elements."""
     found: dict[Any, list[Any]] = defaultdict(list)
-    for cuts in _all_gather(mine, axis):
+    for cuts in all_gather_objects(mine, axis):
         for key, boxes in cuts.items():
             found[key].append(boxes)
-    for (ranks, _), cuts in found.items():
-        if len(cuts) != len(ranks) or any(boxes != cuts[0] for boxes in cuts):
+    for (ranks, _), several in found.items():
+        if len(several) != len(ranks) or any(boxes != several[0] for boxes in several):
             raise ValueError(
                 f"ranks {ranks} share gradients of which each has a part, but hold them cut in "
                 "different ways: give the shared parameters buckets of their own"
@@ -235,31 +131,3 @@ def _flat_span(fragment: Fragment, local: Box) -> tuple[int, int] | None:
     stop = first + local.numel
     ends = stop == fragment.numel
     return fragment.start + first, fragment.end if ends else fragment.start + stop
-
-
-# ---- Debugging -----------------------------------------------------------------------------------
-
-
-def check_copies_agree(parameters: dict[str, DeclaredParameter], ctx: ParallelContext) -> None:
-    """Compare the bits of every box over all its holders, data-parallel replicas included.
-
-    Collective: one gather of digests over the world. It copies all parameters to the host.
-
-    Raises:
-        TrainingError: on every rank, naming the first tensor whose copies differ.
-    """
-    digests: dict[tuple[str, Box], bytes] = {}
-    for declared, copy in local_boxes(parameters):
-        data = declared.local[copy.local.slices].reshape(-1).view(torch.uint8).cpu()
-        digests[declared.sharding.name, copy.global_] = hashlib.blake2b(
-            data.numpy().tobytes()
-        ).digest()
-    first: dict[tuple[str, Box], tuple[int, bytes]] = {}
-    for rank, found in zip(ctx.world.ranks, _all_gather(digests, ctx.world), strict=True):
-        for (name, box), digest in found.items():
-            holder, expected = first.setdefault((name, box), (rank, digest))
-            if digest != expected:
-                raise TrainingError(
-                    f"{name}: ranks {holder} and {rank} hold different numbers for the box at "
-                    f"{box.start} of shape {box.shape}: copies of a parameter must stay equal"
-                )

@@ -10,11 +10,11 @@ from torch import Tensor
 from core.config.optimizer import OptimizerConfig
 from core.config.precision import PrecisionConfig
 from core.data_parallel.regions import DataParallel
-from core.errors import TrainingError
 from core.optim.adamw import AdamW, ParameterState
-from core.optim.gradients import ReplicaGradients, Sharing
+from core.optim.gradients import ReplicaGradients
 from core.optim.loss_scale import LossScale
 from core.parallel.context import ParallelContext
+from core.parallel.sharing import Sharing
 
 _MEAN_STEPS = 100
 """Steps that the running mean of gradient norms remembers."""
@@ -123,31 +123,3 @@ class OptimizerStep:
         if self._config.clip_grad == 0.0:
             return 1.0
         return torch.clamp(self._config.clip_grad / (norm + 1e-6), max=1.0)
-
-
-class SkipLimit:
-    """Counts skipped steps in a row on the host."""
-
-    def __init__(self, limit: int, min_loss_scale: float) -> None:
-        """Allow fewer than `limit`; an overflow while the loss scale can still fall is no sign of
-        trouble and is not counted.
-        """
-        self._limit, self._min_loss_scale = limit, min_loss_scale
-        self.consecutive = 0
-
-    def observe(self, *, applied: bool, grad_norm: float, loss_scale: float) -> None:
-        """Take note of one step.
-
-        Raises:
-            TrainingError: the limit is reached.
-        """
-        if applied:
-            self.consecutive = 0
-        elif loss_scale <= self._min_loss_scale or grad_norm < float("inf"):
-            self.consecutive += 1
-        if self.consecutive >= self._limit:
-            raise TrainingError(
-                f"{self.consecutive} steps in a row were skipped, the last with a gradient norm of "
-                f"{grad_norm}: look at the data, lower --optimizer.lr, or raise "
-                "--optimizer.max-consecutive-skips"
-            )

@@ -1,27 +1,22 @@
-"""Collectives that autograd sees, over one axis. Along an axis of one process all of them are no
-operations.
+"""Collectives over one axis: plain ones, and those that autograd sees. Along an axis of one process
+all of them are no operations.
 
-Each function's backward is the transpose of its forward (Shoeybi et al., "Megatron-LM", 2019; for
-the sequence-parallel ones Korthikanti et al., "Reducing activation recomputation", 2022):
-
-    function           forward         backward
-    copy_to            identity        all-reduce
-    reduce_from        all-reduce      identity
-    gather_last        all-gather -1   own slice
-    scatter_last       own slice       all-gather -1
-    gather_sequence    all-gather 0    reduce-scatter 0, or own slice where all ranks go on alike
-    reduce_scatter_sequence   reduce-scatter 0    all-gather 0
-    scatter_sequence   own slice 0     all-gather 0
+The backward of the latter is the transpose of their forward (Shoeybi et al., "Megatron-LM", 2019;
+under sequence parallelism Korthikanti et al., "Reducing activation recomputation", 2022). Linear
+layers call the plain ones, since they hide them behind products.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from core.parallel.context import Axis
+
+T = TypeVar("T")
+_OnAxis = Callable[[Tensor, Axis], Tensor]
 
 # ---- Plain collectives on one axis ---------------------------------------------------------------
 
@@ -115,136 +110,60 @@ def reduce_scatter_first(x: Tensor, axis: Axis) -> Tensor:
     return out
 
 
-def own_slice(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """This rank's part of a dimension, contiguous."""
-    return x.chunk(axis.size, dim=dim)[axis.rank].contiguous()
-
-
-def _all_gather_last(x: Tensor, axis: Axis) -> Tensor:
-    return torch.cat(all_gather_first(x, axis).chunk(axis.size), dim=-1)
+def all_gather_objects(mine: T, axis: Axis) -> list[T]:
+    """An object of every rank of the axis, in rank order. Pickled: small things, seldom."""
+    if axis.group is None:
+        return [mine]
+    found: list[Any] = [None] * axis.size
+    dist.all_gather_object(found, mine, group=axis.group)
+    return found
 
 
 # ---- With autograd -------------------------------------------------------------------------------
 
 
-class _CopyTo(torch.autograd.Function):
+class _Collective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grads[0].contiguous().clone(), ctx.axis), None
-
-
-class _ReduceFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        # A copy: the caller's tensor may still be needed by its own backward.
-        return all_reduce(x.contiguous().clone(), axis)
+    def forward(ctx: Any, x: Tensor, axis: Axis, there: _OnAxis, back: _OnAxis) -> Tensor:
+        ctx.axis, ctx.back = axis, back
+        return there(x, axis)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-class _GatherLast(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _all_gather_last(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return own_slice(grads[0], ctx.axis, -1), None
-
-
-class _ScatterLast(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return own_slice(x, axis, -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_gather_last(grads[0], ctx.axis), None
-
-
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, same_gradients: bool) -> Tensor:
-        ctx.axis, ctx.same = axis, same_gradients
-        return all_gather_first(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.same:
-            return own_slice(grads[0], ctx.axis, 0), None, None
-        return reduce_scatter_first(grads[0], ctx.axis), None, None
-
-
-class _ReduceScatterSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return reduce_scatter_first(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_gather_first(grads[0], ctx.axis), None
-
-
-class _ScatterSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return own_slice(x, axis, 0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_gather_first(grads[0], ctx.axis), None
-
-
-def copy_to(x: Tensor, axis: Axis) -> Tensor:
-    """Enter a region where each rank computes a part of a layer; gradients are summed on the way
-    back.
-    """
-    return x if axis.size == 1 else _CopyTo.apply(x, axis)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grads[0], ctx.axis), None, None, None
 
 
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:
-    """Leave such a region: sum the parts."""
-    return x if axis.size == 1 else _ReduceFrom.apply(x, axis)
+    """Sum `x` over the axis, where all ranks then go on alike: an all-reduce; backward nothing."""
 
+    def there(x: Tensor, axis: Axis) -> Tensor:
+        # A copy: the caller's tensor may still be needed by its own backward.
+        return all_reduce(x.contiguous().clone(), axis)
 
-def gather_last(x: Tensor, axis: Axis) -> Tensor:
-    """`[..., n]` to `[..., n * size]`, where all ranks then go on alike."""
-    return x if axis.size == 1 else _GatherLast.apply(x, axis)
+    def back(dy: Tensor, axis: Axis) -> Tensor:
+        return dy
 
-
-def scatter_last(x: Tensor, axis: Axis) -> Tensor:
-    """`[..., n]`, alike on all ranks, to this rank's `[..., n / size]`."""
-    return x if axis.size == 1 else _ScatterLast.apply(x, axis)
-
-
-def gather_sequence(x: Tensor, axis: Axis, *, same_gradients: bool = False) -> Tensor:
-    """`[s / size, ...]` to `[s, ...]`.
-
-    Args:
-        x: this rank's part of the sequence.
-        axis: the tensor-parallel axis.
-        same_gradients: whether what follows is the same computation on all ranks, so that each has
-            the whole gradient already; otherwise each has a part and the parts are summed.
-    """
-    return x if axis.size == 1 else _GatherSequence.apply(x, axis, same_gradients)
+    return x if axis.size == 1 else _Collective.apply(x, axis, there, back)
 
 
 def reduce_scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """Sum `[s, ...]` over the axis and keep this rank's `[s / size, ...]`."""
-    return x if axis.size == 1 else _ReduceScatterSequence.apply(x, axis)
+    """Sum `[s, ...]` over the axis and keep this rank's `[s / size, ...]`: a reduce-scatter;
+    backward an all-gather.
+    """
+    if axis.size == 1:
+        return x
+    return _Collective.apply(x, axis, reduce_scatter_first, all_gather_first)
 
 
-def scatter_sequence(x: Tensor, axis: Axis) -> Tensor:
-    """`[s, ...]`, alike on all ranks, to this rank's `[s / size, ...]`."""
-    return x if axis.size == 1 else _ScatterSequence.apply(x, axis)
+def gather_last(x: Tensor, axis: Axis) -> Tensor:
+    """`[..., n]` to `[..., n * size]`, where all ranks then go on alike: an all-gather; backward
+    this rank's part.
+    """
+
+    def there(x: Tensor, axis: Axis) -> Tensor:
+        return torch.cat(all_gather_first(x, axis).chunk(axis.size), dim=-1)
+
+    def back(dy: Tensor, axis: Axis) -> Tensor:
+        return dy.chunk(axis.size, dim=-1)[axis.rank].contiguous()
+
+    return x if axis.size == 1 else _Collective.apply(x, axis, there, back)

@@ -15,9 +15,6 @@ from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 from core.config.parallel import ParallelConfig, TpOverlap
 from core.errors import ConfigError
-from core.parallel.rendezvous import Rendezvous, meet
-
-DEFAULT_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -214,47 +211,3 @@ def _check_overlap(config: ParallelConfig, device: torch.device) -> None:
             "--parallel.tp-overlap symmetric_memory would turn on the multicast of NVLink: set "
             "TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in the environment of every process"
         )
-
-
-def init_distributed(
-    device_type: str, timeout: timedelta = DEFAULT_TIMEOUT, rendezvous: Rendezvous | None = None
-) -> torch.device:
-    """Join the process group that torchrun describes, if any, and return this process's device.
-
-    Without torchrun's variables the process is alone and no group is made.
-
-    Args:
-        device_type: cpu or cuda.
-        timeout: of collectives over all processes, and of waiting for processes to start. Groups
-            of an axis have that of `ParallelContext.create`.
-        rendezvous: the other processes, if they have been met.
-
-    Raises:
-        ConfigError: CUDA was asked for and is not there, or a node has more processes than GPUs.
-        TrainingError: a process did not start in time.
-    """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device_type == "cuda":
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise ConfigError(
-                f"process {local_rank} of this machine has no GPU: {count} are visible; start "
-                "fewer processes (--nproc-per-node) or run with --device cpu"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    if dist.is_initialized():
-        return device
-    met = rendezvous or meet(timeout)
-    if met is not None:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=met.store,
-            rank=met.rank,
-            world_size=met.size,
-            timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
-    return device

@@ -1,12 +1,14 @@
 """What a layer needs to make its parameters: process axes, number format, device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from core.parallel.context import ParallelContext
 from core.parallel.random import make_key
-from core.parallel.sharding import DeclaredParameter
+from core.parallel.sharding import Declaration, DeclaredParameter, declare_parameter
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,18 @@ class Placement:
     def holds(self, part: int) -> bool:
         """Whether a part of the model is built here."""
         return self.parts is None or part in self.parts
+
+    def declare(
+        self,
+        module: nn.Module,
+        attribute: str,
+        local_shape: Sequence[int],
+        declaration: Declaration,
+    ) -> nn.Parameter:
+        """`declare_parameter` of this format, on this device."""
+        return declare_parameter(
+            module, attribute, local_shape, declaration, dtype=self.dtype, device=self.device
+        )
 
 
 def initialize_parameters(parameters: dict[str, DeclaredParameter], seed: int) -> None:

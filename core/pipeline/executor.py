@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from core.data_parallel.main_grad import DeferredProducts
+from core.data_parallel.deferred import DeferredProducts
 from core.pipeline.p2p import Mailbox, Payload, Wires
 from core.pipeline.schedules import Action, Kind, Schedule
 

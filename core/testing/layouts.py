@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import whole_copy
 from core.parallel.placement import initialize_parameters
 from core.parallel.random import Init
-from core.parallel.sharding import Box, BoxCopy, DeclaredParameter, declared_parameters, whole_copy
+from core.parallel.sharding import Box, BoxCopy, DeclaredParameter, declared_parameters
 from core.testing.parity import assemble, everyone, gather_whole
 
 Cut = Literal["alike", "sequence", "last"]

@@ -2,6 +2,7 @@
 compare.
 """
 
+import hashlib
 import pickle
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.data_parallel.regions import DataParallel, Fragment
+from core.errors import TrainingError
 from core.parallel.context import ParallelContext
-from core.parallel.sharding import DeclaredParameter
+from core.parallel.sharding import Box, DeclaredParameter, local_boxes
 from core.testing.packed import packed
 
 
@@ -123,6 +125,31 @@ def everyone(mine: Any, ctx: ParallelContext) -> list[Any]:
     found: list[Any] = [None] * ctx.world.size
     dist.all_gather_object(found, packed(mine))
     return [pickle.loads(one) for one in found]
+
+
+def check_copies_agree(parameters: dict[str, DeclaredParameter], ctx: ParallelContext) -> None:
+    """Compare the bits of every box over all its holders, data-parallel replicas included.
+
+    Collective: one gather of digests over the world. It copies all parameters to the host.
+
+    Raises:
+        TrainingError: on every rank, naming the first tensor whose copies differ.
+    """
+    digests: dict[tuple[str, Box], bytes] = {}
+    for declared, copy in local_boxes(parameters):
+        data = declared.local[copy.local.slices].reshape(-1).view(torch.uint8).cpu()
+        digests[declared.sharding.name, copy.global_] = hashlib.blake2b(
+            data.numpy().tobytes()
+        ).digest()
+    first: dict[tuple[str, Box], tuple[int, bytes]] = {}
+    for rank, found in enumerate(everyone(digests, ctx)):
+        for (name, box), digest in found.items():
+            holder, expected = first.setdefault((name, box), (rank, digest))
+            if digest != expected:
+                raise TrainingError(
+                    f"{name}: ranks {holder} and {rank} hold different numbers for the box at "
+                    f"{box.start} of shape {box.shape}: copies of a parameter must stay equal"
+                )
 
 
 def _sum_partial(parts: list[Any], ctx: ParallelContext) -> list[Any]:

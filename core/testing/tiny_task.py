@@ -23,14 +23,10 @@ from core.data.loader import Batch
 from core.data.samples import Sample, next_token_sample
 from core.layers.dropout import Dropout
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import whole_copy
 from core.parallel.placement import Placement
 from core.parallel.random import DropoutKey, normal_init
-from core.parallel.sharding import (
-    Declaration,
-    DeclaredParameter,
-    declare_parameter,
-    whole_copy,
-)
+from core.parallel.sharding import Declaration, DeclaredParameter, declare_parameter
 from core.pipeline.costs import Part, Work
 from core.training.task import LossOutput
 

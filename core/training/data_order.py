@@ -14,7 +14,7 @@ from core.checkpoint.index import plain_json
 from core.config.run import RunConfig
 from core.errors import ConfigError
 from core.parallel.context import ParallelContext
-from core.training.state import find_checkpoint
+from core.training.start import find_checkpoint
 
 SECTION = "sample_order"
 """Of a checkpoint's index."""

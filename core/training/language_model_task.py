@@ -2,10 +2,10 @@
 or over the answers of chats.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ from core.config.transformer import (
 from core.data.builder import Datasets, build_datasets
 from core.data.loader import Batch
 from core.data.tokenizers import Tokenizer
-from core.kernels.attention import Documents, chosen_kernel
+from core.kernels.chosen_attention import attention_lines
+from core.kernels.masked_attention import Documents
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
 from core.parallel.random import DropoutKey
@@ -36,27 +37,16 @@ from core.pipeline.costs import Part, language_model_parts
 from core.training.task import LossOutput
 from core.transformer.language_model import LanguageModel
 
+BuildLanguageModel: TypeAlias = Callable[
+    [TransformerConfig, Placement, RecomputeConfig, BackendSpecProvider], LanguageModel
+]
+"""What a family's `model.py` offers: the model, its parameters not yet initialised."""
 
-class BuildLanguageModel(Protocol):
-    """What a family's `model.py` offers."""
-
-    def __call__(
-        self,
-        config: TransformerConfig,
-        place: Placement,
-        recompute: RecomputeConfig | None = None,
-        backend: BackendSpecProvider | None = None,
-    ) -> LanguageModel:
-        """The model, its parameters not yet initialised."""
-
-
-class ImportWeights(Protocol):
-    """What a family's `convert.py` offers."""
-
-    def __call__(
-        self, source: Path, config: TransformerConfig, parameters: Mapping[str, DeclaredParameter]
-    ) -> Mapping[str, Any]:
-        """Fill the parameters; return what checkpoints remember of the source."""
+ImportWeights: TypeAlias = Callable[
+    [Path, TransformerConfig, Mapping[str, DeclaredParameter]], Mapping[str, Any]
+]
+"""What a family's `convert.py` offers: it fills the parameters, and returns what checkpoints
+remember of the source."""
 
 
 @dataclass(frozen=True)
@@ -152,19 +142,7 @@ class LanguageModelTask:
         backend = self.backend.describe()
         if not isinstance(self.backend, LocalSpecProvider):
             return [backend]  # which chooses by itself
-        if ctx.device.type != "cuda":
-            return [backend, "attention: torch's CPU kernel"]
-        config = self.model_config
-        heads = config.num_attention_heads // ctx.tp.size
-        groups = max(1, config.kv_heads // ctx.tp.size)
-        shape = (data.seq_length, 1, heads, config.kv_channels)
-        lines = [backend, f"attention: {chosen_kernel(shape, groups, dtype)}"]
-        windows = {config.window_of(i) for i in range(config.num_layers)} - {None}
-        if any(window < data.seq_length for window in windows if window is not None):
-            lines.append(f"attention with a window of {windows}: flex attention, compiled")
-        if data.separate_documents:
-            lines.append("attention within documents: flex attention, compiled")
-        return lines
+        return [backend, *attention_lines(self.model_config, data, ctx, dtype)]
 
     def make_datasets(
         self,

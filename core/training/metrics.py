@@ -12,7 +12,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +20,11 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from core.config.run import RunConfig
 from core.errors import ConfigError, TesseraError, TrainingError
+from core.parallel.context import ParallelContext
 from core.training.exchange import DeviceMark
+from core.training.task import TrainTask
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -70,6 +73,14 @@ class Throughput:
     world_size: int
     peak: float | None
     """TFLOP/s of one device; None leaves MFU out."""
+
+    @classmethod
+    def of(
+        cls, task: TrainTask, seq_length: int, ctx: ParallelContext, dtype: torch.dtype
+    ) -> "Throughput":
+        """Of a task's model on the devices of a run, at this length."""
+        causal, full = (task.flops_per_token(seq_length, causal=c) for c in (True, False))
+        return cls(causal, full, ctx.world.size, peak_tflops(ctx.device, dtype))
 
     def rates(self, tokens: int, seconds: float, steps: int) -> dict[str, float]:
         """Rates over `steps` steps that took `seconds` and consumed `tokens` on all ranks."""
@@ -220,6 +231,22 @@ TRACKERS: Mapping[str, type[Any]] = {
     "wandb": WandbTracker,
     "mlflow": MlflowTracker,
 }
+
+
+def open_trackers(family: str, config: RunConfig[Any], first_step: int) -> list[Tracker]:
+    """Rank 0's trackers of a run that goes on after `first_step`: the file in --save, and those
+    that were asked for.
+    """
+    folder = None if config.save is None else Path(config.save)
+    run = TrackedRun(
+        name=family if folder is None else folder.resolve().name,
+        project=f"tessera-{family}",
+        folder=folder,
+        config=asdict(config),
+        first_step=first_step,
+    )
+    files: list[Tracker] = [] if folder is None else [JsonlTracker(run)]
+    return files + [TRACKERS[name](run) for name in config.train.track]
 
 
 def check_trackers(names: Sequence[str]) -> None:

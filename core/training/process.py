@@ -20,13 +20,14 @@ from core.config.backend import BackendUse, validate_backend
 from core.config.run import RunConfig
 from core.config.train import TrainConfig, validate_batch_sizes
 from core.errors import ConfigError, TesseraError
-from core.parallel.context import ParallelContext, init_distributed
-from core.parallel.rendezvous import meet
+from core.parallel.context import ParallelContext
+from core.parallel.rendezvous import init_distributed, meet
+from core.training.datasets import make_datasets
 from core.training.failure import FailureBoard, SentenceHandler, exit_now
 from core.training.metrics import check_trackers
-from core.training.state import find_checkpoint
+from core.training.start import find_checkpoint
 from core.training.task import TrainTask
-from core.training.trainer import Trainer, make_datasets
+from core.training.trainer import Trainer
 
 MakeTask = Callable[[RunConfig[Any]], TrainTask]
 

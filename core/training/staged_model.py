@@ -9,15 +9,15 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from core.config.run import RunConfig
 from core.data_parallel.modes import make_data_parallel, model_placement
-from core.optim.gradients import publish_sharing
+from core.parallel.collectives import all_gather_objects
 from core.parallel.context import ParallelContext
 from core.parallel.random import DropoutKey
 from core.parallel.sharding import declared_parameters, tie_chunks
+from core.parallel.sharing import publish_sharing
 from core.pipeline.chosen import chosen_layout
 from core.pipeline.executor import Executor, Watch
 from core.pipeline.p2p import Payload, Wires
@@ -101,7 +101,9 @@ class StagedModel:
         watch: Watch = nullcontext if trace is None else trace.watch
         self._run(schedule, batches, keys, sums, weights, watch)
         if self._metrics is None:
-            self._metrics = self._agree(sums.metric_names)
+            # What the loss stage has, on all of them.
+            names = all_gather_objects(sums.metric_names, self._ctx.pp)
+            self._metrics = names[self.loss_stage]
         return sums.scalars(self._metrics, len(batches) * self._ctx.dp.size)
 
     @torch.no_grad()
@@ -144,14 +146,6 @@ class StagedModel:
             chunks=where.chunks,
             trainable=self.layout.trainable,
         )
-
-    def _agree(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """What the loss stage says, on all stages; collective over pp."""
-        found: list[Any] = [names] * self._ctx.pp.size
-        if self._ctx.pp.group is not None:
-            dist.all_gather_object(found, names, group=self._ctx.pp.group)
-        agreed: tuple[str, ...] = found[self.loss_stage]
-        return agreed
 
 
 class _Sums:

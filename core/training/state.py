@@ -1,8 +1,4 @@
-"""Where a run stands: found at its start, saved on the way.
-
-At the start the newest complete checkpoint in --save counts, then --load, then the Hugging Face
-weights of --init-from, then random weights.
-"""
+"""Where a run stands: filled at its start (from what `start.py` finds), saved on the way."""
 
 import dataclasses
 import logging
@@ -11,32 +7,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any
 
 from core.checkpoint.assets import ASSETS_NAME, copy_assets
-from core.checkpoint.directory import candidates, step_name
-from core.checkpoint.index import (
-    INDEX_NAME,
-    check_compatible,
-    saved_parameters,
-)
-from core.checkpoint.reader import CheckpointReader, no_checkpoint
+from core.checkpoint.directory import step_name
+from core.checkpoint.index import saved_parameters
+from core.checkpoint.reader import CheckpointReader
 from core.checkpoint.saver import CheckpointSaver
 from core.config.loading import to_toml
 from core.config.run import RunConfig
 from core.data_parallel.regions import DataParallel
 from core.errors import CheckpointError, DamagedCheckpointError
 from core.optim.step import OptimizerStep
+from core.parallel.collectives import all_gather_objects
 from core.parallel.context import ParallelContext
 from core.parallel.placement import initialize_parameters
 from core.parallel.sharding import DeclaredParameter
 from core.training.saved_state import ModuleState, load_parameters, load_state, saved_state
+from core.training.start import open_compatible, start_candidates
 from core.training.task import TrainTask
 
 CONFIG_FILE = "run.toml"
-T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 
@@ -52,60 +43,6 @@ class Position:
     """Steps whose update was left out."""
     consecutive_skips: int = 0
     """Of these, the last in a row."""
-
-
-def start_candidates(config: RunConfig[Any]) -> tuple[list[Path], str | None]:
-    """Step directories that a run may start from, the first that is not damaged counting; and what
-    is wrong with the file `latest`, if anything. A step directory that is named stands alone.
-
-    Raises:
-        CheckpointError: there is none in `--load`.
-    """
-    if config.save is not None:
-        # Were all of these damaged, the run must not start again and write over what is left.
-        found, problem = candidates(Path(config.save))
-        if found:
-            return found, problem
-    if config.load is None:
-        return [], None
-    load = Path(config.load)
-    if (load / INDEX_NAME).is_file():
-        return [load], None
-    found, problem = candidates(load)
-    if not found:
-        raise no_checkpoint(load)
-    return found, problem
-
-
-def open_compatible(path: Path, config: RunConfig[Any]) -> CheckpointReader:
-    """Open a step directory for a run.
-
-    Raises:
-        DamagedCheckpointError: it is damaged.
-        CheckpointError: it is of another architecture.
-    """
-    reader = CheckpointReader(path)
-    check_compatible(reader.sections.get("config", {}), config.model, str(reader.path))
-    return reader
-
-
-def find_checkpoint(config: RunConfig[Any]) -> CheckpointReader | None:
-    """The checkpoint that a run would start from, if any, by its index alone: `RunState.start`,
-    which reads the data, may have to take an older one, and says so.
-
-    Raises:
-        CheckpointError: `--load` names none, all are damaged, or the first that is not is of
-            another architecture.
-    """
-    damaged: CheckpointError | None = None
-    for path in start_candidates(config)[0]:
-        try:
-            return open_compatible(path, config)
-        except DamagedCheckpointError as error:
-            damaged = damaged or error
-    if damaged is not None:
-        raise damaged
-    return None
 
 
 @dataclass
@@ -269,13 +206,6 @@ class RunState:
                 if assets is not None and Path(assets).is_dir() and Path(assets).resolve() != own:
                     copy_assets(Path(assets), own)
 
-    def _gather(self, value: T) -> list[T]:
-        if self.ctx.world.group is None:
-            return [value]
-        found: list[Any] = [None] * self.ctx.world.size
-        dist.all_gather_object(found, value, group=self.ctx.world.group)
-        return found
-
     def _load_first_intact(self) -> CheckpointReader | None:
         """Load the newest checkpoint that no rank finds damaged; None if there is no checkpoint."""
         paths = self._agree_on_candidates()
@@ -288,7 +218,8 @@ class RunState:
                 self._load(reader)
             except CheckpointError as error:
                 own = error
-            found = [error for error in self._gather(own) if error is not None]
+            errors = all_gather_objects(own, self.ctx.world)
+            found = [error for error in errors if error is not None]
             for other in found:
                 if not isinstance(other, DamagedCheckpointError):
                     raise other
@@ -308,7 +239,7 @@ class RunState:
         paths, problem = start_candidates(self.config)
         if problem is not None:
             self._warn(problem)
-        seen = self._gather([str(path) for path in paths])
+        seen = all_gather_objects([str(path) for path in paths], self.ctx.world)
         for rank, others in enumerate(seen):
             if others[:1] != seen[0][:1]:
                 raise CheckpointError(

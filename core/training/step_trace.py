@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from core.parallel.collectives import all_gather_objects
 from core.parallel.context import ParallelContext
 from core.pipeline.schedules import Action
 from core.pipeline.simulate import Timed, Timeline
@@ -46,7 +46,4 @@ class StepTrace:
             begin.wait()
             times = (1e3 * mark.seconds_since(self._begin) for mark in (begin, end))
             entries.append(Timed(action, *times))
-        found: list[Any] = [tuple(entries)] * self._ctx.pp.size
-        if self._ctx.pp.group is not None:
-            dist.all_gather_object(found, tuple(entries), group=self._ctx.pp.group)
-        return tuple(found)
+        return tuple(all_gather_objects(tuple(entries), self._ctx.pp))

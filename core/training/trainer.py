@@ -13,13 +13,10 @@ later. With several pipeline stages it waits for their messages.
 """
 
 import gc
-import math
-import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,35 +26,23 @@ from torch import Tensor
 from core.config.run import RunConfig
 from core.config.train import validate_batch_sizes
 from core.data.loader import BatchLoader
-from core.data.tokenizers import load_tokenizer
 from core.errors import ConfigError, DataError
 from core.optim.schedules import learning_rate, weight_decay
-from core.optim.step import OptimizerStep, SkipLimit, StepResult
+from core.optim.step import OptimizerStep, StepResult
 from core.parallel.context import ParallelContext
 from core.pipeline.trace import write_trace
-from core.training.data_order import (
-    check_ranks_agree,
-    check_same_order,
-    consumed_before,
-    sample_order,
-)
-from core.training.exchange import Exchange, LateValues
+from core.training.data_order import check_ranks_agree, sample_order
+from core.training.datasets import make_datasets
+from core.training.exchange import Exchange
 from core.training.failure import SAVING, Patience, SentenceHandler, Watchdog
 from core.training.interrupts import StopRequest
-from core.training.metrics import (
-    TRACKERS,
-    Console,
-    FinishedStep,
-    JsonlTracker,
-    Reporter,
-    Throughput,
-    TrackedRun,
-    Tracker,
-    peak_tflops,
-)
+from core.training.metrics import Console, Reporter, Throughput, open_trackers
+from core.training.opening import describe_run
+from core.training.runtime import controlled_garbage_collection, use_deterministic_kernels
 from core.training.saved_state import ModuleState
 from core.training.staged_model import StagedModel
 from core.training.state import RunState
+from core.training.step_reports import PendingReport, StepReports, late_values, mean_losses
 from core.training.step_trace import TRACE_FILE, StepTrace
 from core.training.task import TrainTask
 
@@ -85,18 +70,6 @@ class StepData:
     """Of the losses."""
     counts: tuple[int, ...]
     """Valid tokens of each loss in these microbatches."""
-
-
-@dataclass(frozen=True)
-class PendingReport:
-    """A step that the host has queued on the device but not yet looked at."""
-
-    step: int
-    consumed_samples: int
-    samples: int
-    learning_rate: float
-    losses: tuple[str, ...]
-    values: LateValues
 
 
 class Trainer:
@@ -153,16 +126,15 @@ class Trainer:
             parallel, sharing, ctx, config.optimizer, config.precision, train.seed
         )
         console = Console(enabled=ctx.world.rank == 0, total_steps=train.steps)
-        self._reporter = Reporter(console, self._throughput(dtype), ctx.device)
+        throughput = Throughput.of(task, config.data.seq_length, ctx, dtype)
+        self._reporter = Reporter(console, throughput, ctx.device)
         modules = ModuleState(self.model.chunks, ctx)
         self.state = RunState(task, config, ctx, parallel, self.optimizer, modules)
         start = self.state.start()
-        self._skips = SkipLimit(
-            config.optimizer.max_consecutive_skips, self.optimizer.loss_scale.minimum
+        self._reports = StepReports(
+            config, self.state.position, self._reporter, self.optimizer.loss_scale.minimum
         )
-        self._skips.consecutive = self.state.position.consecutive_skips
         self._exchange = Exchange(ctx, self.model.loss_stage)
-        self._pending: PendingReport | None = None
         train_data, valid_data = (datasets or make_datasets(task, config))[:2]
         if train_data is None:
             raise DataError("there is no training data: name some with --data.train")
@@ -170,8 +142,11 @@ class Trainer:
         check_ranks_agree(config, self.state.sample_order, ctx)
         self._train_loader = self._loader(train_data, growing=True)
         self._valid_loader = None if valid_data is None else self._loader(valid_data, growing=False)
-        for line in (*self._describe(train_data, valid_data), start):
+        for line in describe_run(task, config, ctx, self.model, dtype):
             console.say(line)
+        valid = 0 if valid_data is None else len(valid_data)
+        console.say(f"data: {len(train_data):,} training samples, {valid:,} validation samples")
+        console.say(start)
 
     # ---- The loop --------------------------------------------------------------------------------
 
@@ -203,7 +178,9 @@ class Trainer:
             return position.step >= train.steps
         self.state.write_companions()
         self.state.prepare_saving()
-        self._reporter.trackers = self._open_trackers()
+        if self.ctx.world.rank == 0:
+            first_step = position.step
+            self._reporter.trackers = open_trackers(self.task.family, self.config, first_step)
         with self._stop, controlled_garbage_collection(train.gc_interval):
             self._watchdog.start()
             self._reporter.start(position.step)
@@ -238,15 +215,15 @@ class Trainer:
             following = data if last else self._fetch_training()
             stop = self._stop.reason is not None
             summed = self._exchange.sum(stop, following.counts, list(sums.values()))
-            late = _late_values(summed, counts, data, tuple(sums), result)
-            previous, self._pending = (
-                self._pending,
+            over_all = dict(zip(sums, summed[1 + len(counts) :], strict=True))
+            counted = dict(zip(data.names, counts, strict=True))
+            late = late_values(summed[0], counted, over_all, result)
+            stopping = self._reports.push(
                 PendingReport(
                     position.step, position.consumed_samples, data.samples, rate, data.names, late
-                ),
+                )
             )
             data, counts = following, summed[1 : 1 + len(counts)]
-            stopping = self._read(previous)
             stopping = self._border(last=last, stopping=stopping)
             if last or stopping:
                 return last
@@ -307,8 +284,7 @@ class Trainer:
         saves = train.save_interval and step % train.save_interval == 0
         exits = step == train.exit_at_step
         if evaluates or saves or last or stopping or exits:
-            previous, self._pending = self._pending, None
-            stopping = self._read(previous) or stopping
+            stopping = self._reports.flush() or stopping
         if evaluates and not stopping:
             losses = self.evaluate()
             stopping = losses is None
@@ -344,37 +320,6 @@ class Trainer:
         self._reporter.pause_over()
         return path
 
-    def _read(self, report: PendingReport | None) -> bool:
-        """Look at a finished step; returns whether a rank wants to stop.
-
-        Raises:
-            TrainingError: too many steps in a row were skipped.
-        """
-        if report is None:
-            return False
-        values, position = report.values.wait(), self.state.position
-        applied = values["applied"] > 0.0
-        self._skips.observe(
-            applied=applied, grad_norm=values["grad_norm"], loss_scale=values["loss_scale"]
-        )
-        position.consecutive_skips = self._skips.consecutive
-        position.skipped_steps += not applied
-        interval, steps = self.config.train.log_interval, self.config.train.steps
-        row = None
-        if report.step % interval == 0 or report.step == steps:
-            row = {
-                **_mean_losses(values, report.losses),
-                **{n.removeprefix("metric/"): x for n, x in values.items() if "metric/" in n},
-                "grad_norm": values["grad_norm"],
-                "learning_rate": report.learning_rate,
-                "loss_scale": values["loss_scale"],
-                "consumed_samples": report.consumed_samples,
-                "skipped_steps": position.skipped_steps,
-            }
-        tokens = report.samples * self.config.data.seq_length
-        self._reporter.step(FinishedStep(report.step, tokens, report.values.mark), row)
-        return values["stop"] > 0.0
-
     def evaluate(self) -> dict[str, float] | None:
         """Loss on the first samples of the validation set, each valid token counting once.
 
@@ -405,7 +350,7 @@ class Trainer:
             if totals["stop"]:
                 break
         self._reporter.pause_over()
-        return None if totals["stop"] else _mean_losses(totals, names)
+        return None if totals["stop"] else mean_losses(totals, names)
 
     # ---- Parts -----------------------------------------------------------------------------------
 
@@ -423,122 +368,3 @@ class Trainer:
             pin_memory=self.ctx.device.type == "cuda",
             num_microbatches_at=microbatches_at if growing else None,
         )
-
-    def _throughput(self, dtype: torch.dtype) -> Throughput:
-        length = self.config.data.seq_length
-        causal, full = (self.task.flops_per_token(length, causal=c) for c in (True, False))
-        return Throughput(causal, full, self.ctx.world.size, peak_tflops(self.ctx.device, dtype))
-
-    def _open_trackers(self) -> list[Tracker]:
-        if self.ctx.world.rank:
-            return []
-        folder = None if self.config.save is None else Path(self.config.save)
-        run = TrackedRun(
-            name=self.task.family if folder is None else folder.resolve().name,
-            project=f"tessera-{self.task.family}",
-            folder=folder,
-            config=asdict(self.config),
-            first_step=self.state.position.step,
-        )
-        files: list[Tracker] = [] if folder is None else [JsonlTracker(run)]
-        return files + [TRACKERS[name](run) for name in self.config.train.track]
-
-    def _describe(self, train_data: Any, valid_data: Any) -> Iterator[str]:
-        """What a person wants to know before the first step."""
-        config, ctx, train = self.config, self.ctx, self.config.train
-        count = self.model.sharing.elements
-        yield f"{self.task.family}: {count:,} parameters in {config.precision.dtype}"
-        sequence = ", sequence parallel" if ctx.sequence_parallel else ""
-        yield (
-            f"{ctx.world.size} processes on {ctx.device.type}: tp {ctx.tp.size}{sequence}, "
-            f"pp {ctx.pp.size}, dp {ctx.dp.size}"
-        )
-        if ctx.pp.size > 1:
-            yield f"schedule {config.parallel.schedule}, layout {self.model.layout}"
-            yield self.model.layout.table()
-        yield (
-            f"global batch {train.global_batch_size}: "
-            f"{self._microbatches(train.global_batch_size)} microbatches of "
-            f"{train.micro_batch_size} x {config.data.seq_length} tokens per rank"
-        )
-        yield from self.task.describe(ctx, config.data, DTYPES[config.precision.dtype])
-        valid = 0 if valid_data is None else len(valid_data)
-        yield f"data: {len(train_data):,} training samples, {valid:,} validation samples"
-
-
-def _late_values(
-    summed: Tensor, counts: Tensor, data: StepData, names: tuple[str, ...], result: StepResult
-) -> LateValues:
-    """Send to the host what a step did."""
-    scalars = dict(zip(names, summed[1 + len(counts) :], strict=True))
-    counted = {f"count/{name}": x for name, x in zip(data.names, counts, strict=True)}
-    return LateValues(
-        {
-            "stop": summed[0],
-            "grad_norm": result.grad_norm,
-            "applied": result.applied,
-            "loss_scale": result.loss_scale,
-            **counted,
-            **scalars,
-        }
-    )
-
-
-def _mean_losses(values: Mapping[str, float], names: tuple[str, ...]) -> dict[str, float]:
-    """`loss`, the sum of all means over valid tokens, and each of them if there are several."""
-    means = {
-        name: values[f"loss/{name}"] / values[f"count/{name}"]
-        for name in names
-        if values[f"count/{name}"]
-    }
-    total = sum(means.values()) if means else math.nan
-    return {"loss": total} if len(names) == 1 else {**means, "loss": total}
-
-
-def make_datasets(task: TrainTask, config: RunConfig[Any]) -> Sequence[Any]:
-    """Training, validation and test set for the whole run. May take long for a large corpus.
-
-    Raises:
-        DataError: a corpus or tokenizer that is missing or damaged.
-        ConfigError: a tokenizer larger than the vocabulary, or other data than that which the run
-            in --save was trained on.
-    """
-    tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
-    vocab_size = getattr(task.model_config, "vocab_size", None)
-    if tokenizer is not None and vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise ConfigError(
-            f"--tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, but "
-            f"--model.vocab-size is {vocab_size}: use the model's own tokenizer, or raise the size"
-        )
-    train = config.train
-    # Never fewer than a run would have had from its start: an older checkpoint may have to do.
-    samples = max(train.num_train_samples(), train.num_train_samples(*consumed_before(config)))
-    counts = (samples, train.num_valid_samples, 0)
-    datasets = task.make_datasets(config.data, tokenizer, counts, train.seed)
-    check_same_order(config, datasets[0])
-    return datasets
-
-
-def use_deterministic_kernels() -> None:
-    """Have torch choose kernels that give the same bits every time; before the first of them."""
-    # cuBLAS reads this when a process first uses it, and sums in no fixed order without it.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-
-
-@contextmanager
-def controlled_garbage_collection(interval: int) -> Iterator[None]:
-    """Turn Python's collector off, so that ranks do not pause one after the other; the loop calls
-    it instead. What exists already is never looked at again. With interval 0, do nothing.
-    """
-    if not interval or not gc.isenabled():
-        yield
-        return
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()

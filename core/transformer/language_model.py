@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from core.config.parallel import RecomputeConfig
 from core.config.transformer import TransformerConfig
 from core.generation.cache import KeyValueCache
-from core.kernels.attention import Documents
 from core.kernels.cross_entropy import vocab_parallel_cross_entropy
+from core.kernels.masked_attention import Documents
 from core.layers.dropout import Dropout
-from core.layers.embedding import LearnedPositions, VocabParallelEmbedding, VocabParallelHead
+from core.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 from core.layers.forward_info import ForwardInfo
+from core.layers.positions import LearnedPositions
 from core.layers.rotary import RotaryEmbedding
 from core.parallel.collectives import gather_last
 from core.parallel.placement import Placement

@@ -22,17 +22,11 @@ from converters.source import load_into, open_source
 from core.checkpoint.reader import open_checkpoint
 from core.errors import ConversionError
 from core.parallel.context import Axis, ParallelContext
+from core.parallel.cutting import Block as Cut
+from core.parallel.cutting import split_blocks, whole_copy
 from core.parallel.placement import Placement
 from core.parallel.random import ZEROS
-from core.parallel.sharding import Block as Cut
-from core.parallel.sharding import (
-    Box,
-    Declaration,
-    declare_parameter,
-    declared_parameters,
-    split_blocks,
-    whole_copy,
-)
+from core.parallel.sharding import Box, Declaration, declare_parameter, declared_parameters
 
 HEADS, DIM, HIDDEN, INNER, LAYERS = 4, 3, 8, 6, 2
 

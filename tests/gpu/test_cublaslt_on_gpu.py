@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core.data_parallel.main_grad import DeferredProducts, expire
+from core.data_parallel.deferred import DeferredProducts
+from core.data_parallel.main_grad import expire
 from core.kernels import cublaslt
 from core.kernels.cublaslt import Adder, CublasLt, CublasLtError, loaded_library
 from core.kernels.fp8 import (
@@ -23,7 +24,7 @@ from core.kernels.fp8 import (
     scale_of_whole,
     scaled_product,
 )
-from core.layers.products import Fp8Products
+from core.layers.fp8_products import Fp8Products
 from core.parallel.context import Axis
 
 pytestmark = pytest.mark.gpu

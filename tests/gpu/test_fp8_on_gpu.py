@@ -24,16 +24,19 @@ from core.kernels.fp8 import (
     scales_of_columns,
     scales_of_rows,
 )
-from core.layers import products
+from core.layers import fp8_products
+from core.layers.fp8_products import Fp8Products
 from core.layers.linear import ColumnParallelLinear
-from core.layers.products import PLAIN, Fp8Products, Products
-from core.optim.gradients import check_copies_agree, publish_sharing
+from core.layers.products import PLAIN, Products
 from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import Block
 from core.parallel.placement import Placement, initialize_parameters
 from core.parallel.random import Init
-from core.parallel.sharding import Block, declared_parameters
+from core.parallel.sharding import declared_parameters
+from core.parallel.sharing import publish_sharing
 from core.testing.distributed import WorkerPool
+from core.testing.parity import check_copies_agree
 from models.llama.model import build_llama
 
 pytestmark = pytest.mark.gpu
@@ -228,7 +231,7 @@ def test_what_a_step_reads_for_scales(monkeypatch: pytest.MonkeyPatch) -> None:
         sizes.append(x.numel())
         return scale_of_whole(x, dtype)
 
-    monkeypatch.setattr(products, "scale_of_whole", counted)
+    monkeypatch.setattr(fp8_products, "scale_of_whole", counted)
     run.step()
     layers, microbatches, tokens = MODEL.num_layers - 1, 2, 2 * 128
     assert len(sizes) == layers * (4 + 8 * microbatches)

@@ -10,15 +10,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from core.data_parallel.main_grad import accumulate_product, expire
-from core.kernels.attention import (
-    AttentionDropout,
-    AttentionPattern,
-    Documents,
-    QueryPositions,
-    attention,
-    chosen_kernel,
-    visible,
-)
+from core.kernels.attention import attention
+from core.kernels.attention_pattern import AttentionDropout, AttentionPattern, visible
+from core.kernels.chosen_attention import chosen_kernel
 from core.kernels.cross_entropy import VocabSlice, vocab_parallel_cross_entropy
 from core.kernels.elementwise import (
     Activation,
@@ -34,6 +28,7 @@ from core.kernels.elementwise import (
     rms_norm,
     rotary,
 )
+from core.kernels.masked_attention import Documents, QueryPositions
 from core.kernels.reduction import sum_of_squares
 from core.parallel.context import Axis
 from core.parallel.random import DropoutKey, key_words

@@ -9,9 +9,10 @@ from torch import Tensor
 from core.config.parallel import ParallelConfig, TpOverlap
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import Block
 from core.parallel.placement import Placement, initialize_parameters
 from core.parallel.random import Init
-from core.parallel.sharding import Block, declared_parameters
+from core.parallel.sharding import declared_parameters
 from core.testing.distributed import WorkerPool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multi_gpu]

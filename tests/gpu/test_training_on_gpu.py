@@ -16,13 +16,14 @@ from core.config.parallel import ParallelConfig
 from core.config.precision import PrecisionConfig
 from core.config.transformer import TransformerConfig
 from core.data_parallel.modes import make_data_parallel
-from core.optim.gradients import check_copies_agree, publish_sharing
 from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement, initialize_parameters
 from core.parallel.random import DropoutKey
 from core.parallel.sharding import declared_parameters
+from core.parallel.sharing import publish_sharing
 from core.testing.distributed import WorkerPool
+from core.testing.parity import check_copies_agree
 from models.llama.model import build_llama
 
 pytestmark = pytest.mark.gpu

@@ -22,11 +22,11 @@ from core.config.parallel import ParallelConfig, RecomputeConfig
 from core.config.precision import PrecisionConfig
 from core.config.transformer import TransformerConfig
 from core.data_parallel.modes import make_data_parallel
-from core.optim.gradients import publish_sharing
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement, initialize_parameters
 from core.parallel.random import DropoutKey
 from core.parallel.sharding import declared_parameters
+from core.parallel.sharing import publish_sharing
 from core.testing.backend_run import BackendOutcome, BackendRun, train_backend
 from core.testing.distributed import WorkerPool
 from core.transformer.decoder import build_decoder

@@ -18,7 +18,7 @@ from core.config.run import RunConfig
 from core.config.train import TrainConfig
 from core.config.transformer import RopeConfig, TransformerConfig
 from core.data.loader import Batch
-from core.optim.gradients import ReplicaGradients, check_copies_agree
+from core.optim.gradients import ReplicaGradients
 from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext
 from core.parallel.placement import initialize_parameters
@@ -26,7 +26,7 @@ from core.parallel.random import Init
 from core.parallel.sharding import DeclaredParameter
 from core.pipeline.schedules import stage_map_for
 from core.testing.distributed import WorkerPool
-from core.testing.parity import assert_close, gather_regions, gather_whole
+from core.testing.parity import assert_close, check_copies_agree, gather_regions, gather_whole
 from core.training.exchange import Exchange
 from core.training.staged_model import StagedModel
 from models.gpt.train import gpt_task

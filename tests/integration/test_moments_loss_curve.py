@@ -12,11 +12,11 @@ from core.config.optimizer import OptimizerConfig
 from core.config.parallel import ParallelConfig
 from core.config.precision import PrecisionConfig
 from core.data_parallel.modes import make_data_parallel
-from core.optim.gradients import publish_sharing
 from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement, initialize_parameters
 from core.parallel.sharding import declared_parameters
+from core.parallel.sharing import publish_sharing
 from models.llama.config import tiny
 from models.llama.model import build_llama
 

@@ -18,11 +18,10 @@ from core.config.precision import PrecisionConfig
 from core.config.run import RunConfig
 from core.config.train import TrainConfig
 from core.config.transformer import TransformerConfig
-from core.optim.gradients import check_copies_agree
 from core.optim.rounding import join_master, round_master
 from core.parallel.context import ParallelContext
 from core.testing.distributed import WorkerPool
-from core.testing.parity import gather_fragments, gather_whole
+from core.testing.parity import check_copies_agree, gather_fragments, gather_whole
 from core.training.trainer import Trainer
 from models.llama.train import llama_task
 

@@ -24,8 +24,9 @@ from core.parallel.placement import initialize_parameters
 from core.testing.chat_tokenizers import save_chat_tokenizer
 from core.testing.distributed import WorkerPool
 from core.testing.parity import assert_close, gather_regions
+from core.training.datasets import make_datasets
 from core.training.staged_model import StagedModel
-from core.training.trainer import Trainer, make_datasets
+from core.training.trainer import Trainer
 from models.generate import main as generate
 from models.llama.train import llama_task
 

@@ -10,8 +10,9 @@ from core.config.parallel import ParallelConfig
 from core.config.precision import PrecisionConfig
 from core.config.transformer import TransformerConfig
 from core.errors import ConfigError
+from core.layers.fp8_products import Fp8Products
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
-from core.layers.products import PLAIN, Fp8Products
+from core.layers.products import PLAIN
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
 from core.testing.fake_transformer_engine import installed

@@ -1,8 +1,8 @@
 import pytest
 
 from core.backends.local import LocalSpecProvider
+from core.layers.fp8_products import Fp8Products
 from core.layers.norm import LayerNorm, RMSNorm
-from core.layers.products import Fp8Products
 
 
 def test_norms() -> None:

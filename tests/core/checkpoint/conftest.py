@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from core.checkpoint.index import SavedTensor
-from core.parallel.sharding import Block, BoxCopy, split_blocks, split_vocab, whole_copy
+from core.parallel.cutting import Block, split_blocks, split_vocab, whole_copy
+from core.parallel.sharding import BoxCopy
 
 HIDDEN, HEAD_DIM, FFN, VOCAB = 8, 4, 12, 19
 QKV = (Block(4, HEAD_DIM), Block(2, HEAD_DIM), Block(2, HEAD_DIM))

@@ -10,7 +10,7 @@ from core.checkpoint.blocks import CheckedBlocks
 from core.checkpoint.index import Index, SavedTensor
 from core.checkpoint.writer import write_checkpoint
 from core.errors import DamagedCheckpointError
-from core.parallel.sharding import whole_copy
+from core.parallel.cutting import whole_copy
 
 BLOCK = 256
 FILE = "rank_00000.safetensors"

@@ -23,14 +23,9 @@ from core.checkpoint.index import (
 )
 from core.config.transformer import TransformerConfig
 from core.errors import CheckpointError
+from core.parallel.cutting import whole_copy
 from core.parallel.random import ZEROS
-from core.parallel.sharding import (
-    Box,
-    Declaration,
-    declare_parameter,
-    declared_parameters,
-    whole_copy,
-)
+from core.parallel.sharding import Box, Declaration, declare_parameter, declared_parameters
 
 
 def random_box(rng: random.Random, shape: tuple[int, ...]) -> Box:

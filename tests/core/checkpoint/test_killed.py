@@ -16,7 +16,8 @@ from core.checkpoint.reader import open_checkpoint
 from core.checkpoint.saver import CheckpointSaver
 from core.config.parallel import ParallelConfig
 from core.parallel.context import ParallelContext
-from core.parallel.sharding import Box, BoxCopy, whole_copy
+from core.parallel.cutting import whole_copy
+from core.parallel.sharding import Box, BoxCopy
 from core.testing.distributed import worker_context
 
 ROWS, COLUMNS, WORLD = 512, 1024, 2

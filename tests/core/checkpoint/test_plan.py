@@ -6,7 +6,8 @@ import torch
 from core.checkpoint.index import SavedTensor
 from core.checkpoint.plan import Claim, assign_owners, claim, make_plan
 from core.errors import CheckpointError
-from core.parallel.sharding import Box, BoxCopy, whole_copy
+from core.parallel.cutting import whole_copy
+from core.parallel.sharding import Box, BoxCopy
 
 
 def held(name: str, shape: tuple[int, ...], *boxes: Box) -> dict[str, Claim]:

@@ -15,7 +15,8 @@ from core.checkpoint.reader import open_checkpoint
 from core.checkpoint.safetensors_io import SafetensorsWriter
 from core.checkpoint.writer import write_checkpoint
 from core.errors import CheckpointError
-from core.parallel.sharding import Box, BoxCopy, whole_copy
+from core.parallel.cutting import whole_copy
+from core.parallel.sharding import Box, BoxCopy
 
 Shards = list[list[SavedTensor]]
 MakeShards = Callable[..., Shards]

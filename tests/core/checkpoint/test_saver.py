@@ -19,7 +19,8 @@ from core.checkpoint.writer import write_checkpoint, write_rank_file
 from core.config.parallel import ParallelConfig
 from core.errors import CheckpointError, ConfigError
 from core.parallel.context import ParallelContext
-from core.parallel.sharding import Block, Box, BoxCopy, split_blocks, whole_copy
+from core.parallel.cutting import Block, split_blocks, whole_copy
+from core.parallel.sharding import Box, BoxCopy
 from core.testing.distributed import WorkerPool
 
 MakeShards = Callable[..., list[list[SavedTensor]]]

@@ -12,7 +12,8 @@ from core.checkpoint.safetensors_io import SafetensorsFile
 from core.checkpoint.writer import write_checkpoint
 from core.errors import CheckpointError
 from core.parallel.context import ParallelContext
-from core.parallel.sharding import Block, Box, BoxCopy, split_blocks, whole_copy
+from core.parallel.cutting import Block, split_blocks, whole_copy
+from core.parallel.sharding import Box, BoxCopy
 
 MakeShards = Callable[..., list[list[SavedTensor]]]
 SINGLE = ParallelContext.single()

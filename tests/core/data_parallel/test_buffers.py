@@ -10,13 +10,9 @@ from core.data_parallel.buffers import GradBuffers
 from core.data_parallel.main_grad import accumulate_product
 from core.data_parallel.regions import ALIGNMENT
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import whole_copy
 from core.parallel.random import normal_init
-from core.parallel.sharding import (
-    Declaration,
-    declare_parameter,
-    declared_parameters,
-    whole_copy,
-)
+from core.parallel.sharding import Declaration, declare_parameter, declared_parameters
 from core.testing.distributed import WorkerPool
 from core.testing.parity import gather_regions
 

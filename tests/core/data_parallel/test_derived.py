@@ -5,8 +5,9 @@ from core.config.parallel import ParallelConfig
 from core.data_parallel.buffers import GradBuffers
 from core.data_parallel.derived import StepCache, derived
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import whole_copy
 from core.parallel.random import ZEROS
-from core.parallel.sharding import Declaration, declare_parameter, declared_parameters, whole_copy
+from core.parallel.sharding import Declaration, declare_parameter, declared_parameters
 
 
 def test_kept_while_open_only() -> None:

@@ -26,15 +26,17 @@ from core.config.train import TrainConfig
 from core.config.transformer import TransformerConfig
 from core.data_parallel.modes import make_data_parallel, model_placement
 from core.data_parallel.regions import DataParallel
-from core.optim.gradients import ReplicaGradients, check_copies_agree, publish_sharing
+from core.optim.gradients import ReplicaGradients
 from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import whole_copy
 from core.parallel.placement import Placement, initialize_parameters
 from core.parallel.random import ZEROS, DropoutKey
-from core.parallel.sharding import Declaration, declare_parameter, declared_parameters, whole_copy
+from core.parallel.sharding import Declaration, declare_parameter, declared_parameters
+from core.parallel.sharing import publish_sharing
 from core.testing.distributed import WorkerPool
 from core.testing.hf_models import save_hf_model
-from core.testing.parity import assemble, assert_close, everyone
+from core.testing.parity import assemble, assert_close, check_copies_agree, everyone
 from core.testing.tiny_task import TinyConfig, TinyTask, tiny_run
 from core.training.trainer import DTYPES, Trainer
 from models.llama.model import build_llama

@@ -18,13 +18,14 @@ from core.data_parallel.main_grad import (
 )
 from core.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
-from core.optim.gradients import publish_sharing
 from core.optim.step import OptimizerStep
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import Block
 from core.parallel.placement import Placement
 from core.parallel.random import ZEROS
 from core.parallel.recompute import recomputed
-from core.parallel.sharding import Block, declared_parameters
+from core.parallel.sharding import declared_parameters
+from core.parallel.sharing import publish_sharing
 from core.testing.layouts import randomize
 
 V, H, F = 10, 6, 8

@@ -14,7 +14,6 @@ from core.config.precision import PrecisionConfig
 from core.config.transformer import TransformerConfig
 from core.data_parallel.buffers import GradBuffers
 from core.data_parallel.modes import make_data_parallel
-from core.optim.gradients import check_copies_agree, publish_sharing
 from core.optim.rounding import join_master
 from core.optim.step import OptimizerStep
 from core.parallel.collectives import own_part
@@ -22,8 +21,9 @@ from core.parallel.context import Axis, ParallelContext
 from core.parallel.placement import Placement, initialize_parameters
 from core.parallel.random import DropoutKey
 from core.parallel.sharding import declared_parameters
+from core.parallel.sharing import publish_sharing
 from core.testing.distributed import WorkerPool
-from core.testing.parity import assert_close, gather_fragments, gather_whole
+from core.testing.parity import assert_close, check_copies_agree, gather_fragments, gather_whole
 from models.llama.model import build_llama
 
 CPU = torch.device("cpu")

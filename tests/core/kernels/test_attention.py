@@ -6,14 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.kernels.attention import (
-    AttentionDropout,
-    AttentionPattern,
-    Documents,
-    QueryPositions,
-    attention,
-    visible,
-)
+from core.kernels.attention import attention
+from core.kernels.attention_pattern import AttentionDropout, AttentionPattern, visible
+from core.kernels.masked_attention import Documents, QueryPositions
 from core.parallel.random import DropoutKey, philox
 
 CPU = torch.device("cpu")

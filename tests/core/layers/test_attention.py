@@ -9,13 +9,8 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from core.config.transformer import TransformerConfig
-from core.layers.attention import (
-    CoreAttention,
-    CrossAttention,
-    CrossAttentionSubmodules,
-    SelfAttention,
-    SelfAttentionSubmodules,
-)
+from core.layers.attention import CoreAttention, SelfAttention, SelfAttentionSubmodules
+from core.layers.cross_attention import CrossAttention, CrossAttentionSubmodules
 from core.layers.forward_info import ForwardInfo
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.norm import RMSNorm

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import ConfigError
-from core.layers.embedding import LearnedPositions, VocabParallelEmbedding, VocabParallelHead
+from core.layers.embedding import VocabParallelEmbedding, VocabParallelHead
+from core.layers.positions import LearnedPositions
 from core.parallel.context import ParallelContext
 from core.parallel.placement import Placement
 from core.parallel.random import ZEROS

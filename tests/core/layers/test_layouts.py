@@ -11,24 +11,21 @@ from torch import Tensor, nn
 from core.backends.local import LocalSpecProvider
 from core.config.parallel import ParallelConfig
 from core.config.transformer import TransformerConfig
-from core.layers.attention import (
-    CoreAttention,
-    CrossAttention,
-    CrossAttentionSubmodules,
-    SelfAttention,
-    SelfAttentionSubmodules,
-)
+from core.layers.attention import CoreAttention, SelfAttention, SelfAttentionSubmodules
+from core.layers.cross_attention import CrossAttention, CrossAttentionSubmodules
 from core.layers.dropout import Dropout
-from core.layers.embedding import LearnedPositions, VocabParallelEmbedding, VocabParallelHead
+from core.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 from core.layers.forward_info import ForwardInfo
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.mlp import MLP, MLPSubmodules
 from core.layers.norm import LayerNorm, RMSNorm
+from core.layers.positions import LearnedPositions
 from core.layers.rotary import RotaryEmbedding
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import Block
 from core.parallel.placement import Placement
 from core.parallel.random import ZEROS, DropoutKey
-from core.parallel.sharding import Block, declared_parameters
+from core.parallel.sharding import declared_parameters
 from core.spec import ModuleSpec
 from core.testing.distributed import WorkerPool
 from core.testing.layouts import LayerCase, run_case

@@ -7,9 +7,10 @@ from core.config.parallel import ParallelConfig
 from core.errors import ConfigError
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import Block
 from core.parallel.placement import Placement
 from core.parallel.random import ZEROS, Init
-from core.parallel.sharding import Block, declared_parameters
+from core.parallel.sharding import declared_parameters
 from core.testing.distributed import WorkerPool
 from core.testing.layouts import randomize
 

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from core.config.parallel import ParallelConfig, TpOverlap
 from core.layers.embedding import VocabParallelHead
+from core.layers.fp8_products import Fp8Products
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.overlap import OVERLAPS
-from core.layers.products import PLAIN, Fp8Products, Products
+from core.layers.products import PLAIN, Products
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import Block
 from core.parallel.placement import Placement
 from core.parallel.random import ZEROS
-from core.parallel.sharding import Block, declared_parameters
+from core.parallel.sharding import declared_parameters
 from core.testing.distributed import WorkerPool
 from core.testing.layouts import LayerCase, run_case
 from core.testing.parity import assert_close

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core.data_parallel.deferred import DeferredProducts
 from core.data_parallel.derived import StepCache
-from core.data_parallel.main_grad import DeferredProducts
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.norm import LayerNorm, RMSNorm
 from core.layers.transformer_engine import (
@@ -21,9 +21,10 @@ from core.layers.transformer_engine import (
     fp8_region,
 )
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import Block
 from core.parallel.placement import Placement
 from core.parallel.random import ZEROS
-from core.parallel.sharding import Block, declared_parameters
+from core.parallel.sharding import declared_parameters
 from core.testing.fake_transformer_engine import Globals, installed
 from core.testing.layouts import randomize
 

@@ -11,8 +11,9 @@ from core.data_parallel.buffers import GradBuffers
 from core.optim.adamw import AdamW, update_
 from core.optim.rounding import round_master
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import whole_copy
 from core.parallel.random import normal_init
-from core.parallel.sharding import Declaration, declare_parameter, declared_parameters, whole_copy
+from core.parallel.sharding import Declaration, declare_parameter, declared_parameters
 
 SHAPES = {"big": (300, 301), "bias": (7,), "small": (3, 5), "scalar": ()}
 BETAS, EPS = (0.9, 0.95), 1e-8

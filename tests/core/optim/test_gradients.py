@@ -6,27 +6,13 @@ from torch import Tensor, nn
 
 from core.config.parallel import ParallelConfig
 from core.data_parallel.buffers import GradBuffers
-from core.errors import TrainingError
-from core.optim.gradients import (
-    ReplicaGradients,
-    SharedBox,
-    Sharing,
-    check_copies_agree,
-    publish_sharing,
-)
+from core.optim.gradients import ReplicaGradients
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import Block, split_blocks, split_vocab, whole_copy
 from core.parallel.placement import initialize_parameters
 from core.parallel.random import normal_init
-from core.parallel.sharding import (
-    Block,
-    BoxCopy,
-    Declaration,
-    declare_parameter,
-    declared_parameters,
-    split_blocks,
-    split_vocab,
-    whole_copy,
-)
+from core.parallel.sharding import BoxCopy, Declaration, declare_parameter, declared_parameters
+from core.parallel.sharing import SharedBox, Sharing, publish_sharing
 from core.testing.distributed import WorkerPool
 from core.testing.parity import gather_regions
 
@@ -184,48 +170,3 @@ def test_norm_neither_overflows_nor_loses_small_terms() -> None:
     buffers.buckets[0].main_grad[0] = 1e5
     expected = (1e10 + 299_999 * float(torch.tensor(0.1)) ** 2) ** 0.5
     assert float(gradients.norm()) == pytest.approx(expected, rel=1e-14)
-
-
-def test_boxes_that_leave_a_hole_are_refused() -> None:
-    model = nn.Module()
-    declaration = Declaration((4, 3), whole_copy((3, 3)), normal_init(1.0))
-    declare_parameter(model, "w", (3, 3), declaration, dtype=torch.float32, device=CPU)
-    with pytest.raises(ValueError, match=r"w: the boxes of all ranks have 9 elements .* has 12"):
-        publish_sharing(declared_parameters(model), ParallelContext.single())
-
-
-def _publish_two_kinds() -> str:
-    ctx = ParallelContext.create(ParallelConfig(tp=2), CPU)
-    model = nn.Module()
-    copies = whole_copy((3,), "same" if ctx.tp.rank == 0 else "partial")
-    declaration = Declaration((3,), copies, normal_init(1.0))
-    declare_parameter(model, "w", (3,), declaration, dtype=torch.float32, device=CPU)
-    try:
-        publish_sharing(declared_parameters(model), ctx)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_holders_must_declare_one_gradient_kind(pool: WorkerPool) -> None:
-    message = "w: its holders disagree on its shape or gradient kind"
-    assert pool.run(_publish_two_kinds, 2) == [message] * 2
-
-
-def _compare_copies(tp: int, spoiled: int | None) -> str:
-    ctx, model, _, sharing = _make(tp, True)
-    if sharing.rank == spoiled:
-        model.get_parameter("scale").data[3] += 1e-15
-    try:
-        check_copies_agree(declared_parameters(model), ctx)
-    except TrainingError as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.parametrize(("tp", "world"), [(2, 2), (1, 2), (2, 4)])
-def test_copies_are_compared(pool: WorkerPool, tp: int, world: int) -> None:
-    assert pool.run(_compare_copies, world, tp, None) == [""] * world
-    messages = pool.run(_compare_copies, world, tp, world - 1)
-    assert len(set(messages)) == 1
-    assert messages[0].startswith(f"scale: ranks 0 and {world - 1} hold different numbers")

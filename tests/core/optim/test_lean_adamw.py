@@ -17,22 +17,21 @@ from torch import Tensor, nn
 from core.config.optimizer import OptimizerConfig
 from core.config.precision import PrecisionConfig
 from core.data_parallel.buffers import GradBuffers
-from core.data_parallel.regions import Fragment, Region, cut_fragments
-from core.optim.adamw import AdamW, _box_rows, _by_index
+from core.data_parallel.fragments import cut_fragments
+from core.data_parallel.regions import Fragment, Region
+from core.optim.adamw import AdamW
 from core.optim.rounding import join_master
+from core.optim.rounding_draws import _box_rows, rows_by_index
 from core.parallel.context import Axis, ParallelContext
+from core.parallel.cutting import Block, split_blocks, split_vocab, whole_copy
 from core.parallel.placement import initialize_parameters
 from core.parallel.random import ONES, normal_init
 from core.parallel.sharding import (
-    Block,
     BoxCopy,
     Declaration,
     ParamSharding,
     declare_parameter,
     declared_parameters,
-    split_blocks,
-    split_vocab,
-    whole_copy,
 )
 from core.testing.parity import assemble
 
@@ -302,7 +301,7 @@ def test_rows_give_every_element_its_global_index(tp: int, dp: int) -> None:
                 for fragment in region.fragments
                 for copy in fragment.copies
             ]
-            assert len(_by_index(region)) == sum(rows)
+            assert len(rows_by_index(region)) == sum(rows)
 
 
 @pytest.mark.parametrize("seed", range(30))

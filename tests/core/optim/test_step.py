@@ -8,20 +8,13 @@ from core.config.optimizer import OptimizerConfig
 from core.config.parallel import ParallelConfig
 from core.config.precision import PrecisionConfig
 from core.data_parallel.buffers import GradBuffers
-from core.errors import TrainingError
-from core.optim.gradients import publish_sharing
-from core.optim.step import OptimizerStep, SkipLimit, StepResult
+from core.optim.step import OptimizerStep, StepResult
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import Block, split_blocks, whole_copy
 from core.parallel.placement import initialize_parameters
 from core.parallel.random import normal_init
-from core.parallel.sharding import (
-    Block,
-    Declaration,
-    declare_parameter,
-    declared_parameters,
-    split_blocks,
-    whole_copy,
-)
+from core.parallel.sharding import Declaration, declare_parameter, declared_parameters
+from core.parallel.sharing import publish_sharing
 from core.testing.distributed import WorkerPool
 
 CPU = torch.device("cpu")
@@ -240,22 +233,3 @@ def test_state_continues_bit_for_bit() -> None:
     assert _same(run.bits(), resumed.bits())
     assert run.optimizer.state_dict() == resumed.optimizer.state_dict()
     assert run.optimizer.state_dict()["step_count"] == 6
-
-
-def test_skips_in_a_row_end_the_run() -> None:
-    limit = SkipLimit(3, min_loss_scale=1.0)
-    nan = float("nan")
-    for applied in (False, False, True, False, False):
-        limit.observe(applied=applied, grad_norm=nan, loss_scale=1.0)
-    with pytest.raises(TrainingError, match="3 steps in a row were skipped, the last with a"):
-        limit.observe(applied=False, grad_norm=7.0, loss_scale=1.0)
-
-
-def test_overflow_while_the_loss_scale_falls_is_not_counted() -> None:
-    limit = SkipLimit(2, min_loss_scale=1.0)
-    for norm in (float("inf"), float("nan")):
-        for _ in range(5):
-            limit.observe(applied=False, grad_norm=norm, loss_scale=8.0)
-    limit.observe(applied=False, grad_norm=3.0, loss_scale=8.0)
-    with pytest.raises(TrainingError):
-        limit.observe(applied=False, grad_norm=float("inf"), loss_scale=1.0)

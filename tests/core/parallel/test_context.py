@@ -9,8 +9,8 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from core.config.parallel import ParallelConfig
 from core.config.train import TrainConfig
 from core.errors import ConfigError
-from core.parallel.context import ParallelContext, init_distributed
-from core.parallel.rendezvous import Rendezvous
+from core.parallel.context import ParallelContext
+from core.parallel.rendezvous import Rendezvous, init_distributed
 from core.testing.distributed import WorkerPool
 from core.training.process import collective_timeout
 

@@ -13,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from core.config.parallel import ParallelConfig
 from core.data_parallel.buffers import GradBuffers
-from core.data_parallel.main_grad import DeferredProducts
+from core.data_parallel.deferred import DeferredProducts
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import Block
 from core.parallel.placement import Placement, initialize_parameters
 from core.parallel.random import normal_init
-from core.parallel.sharding import Block, declared_parameters
+from core.parallel.sharding import declared_parameters
 from core.pipeline.executor import Executor
 from core.pipeline.p2p import Awaited, Mailbox, Wires, _Sender
 from core.pipeline.schedules import Edge, Kind, Message, Schedule, make_schedule

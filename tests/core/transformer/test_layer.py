@@ -7,13 +7,8 @@ from torch import Tensor, nn
 
 from core.config.transformer import TransformerConfig
 from core.kernels import elementwise
-from core.layers.attention import (
-    CoreAttention,
-    CrossAttention,
-    CrossAttentionSubmodules,
-    SelfAttention,
-    SelfAttentionSubmodules,
-)
+from core.layers.attention import CoreAttention, SelfAttention, SelfAttentionSubmodules
+from core.layers.cross_attention import CrossAttention, CrossAttentionSubmodules
 from core.layers.forward_info import ForwardInfo
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.layers.mlp import MLP, MLPSubmodules

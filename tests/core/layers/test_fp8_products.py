@@ -21,14 +21,16 @@ from core.kernels.fp8 import (
     scales_of_columns,
     scales_of_rows,
 )
-from core.layers import products
+from core.layers import fp8_products
+from core.layers.fp8_products import Fp8Products
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
-from core.layers.products import PLAIN, Fp8Products, Products
+from core.layers.products import PLAIN, Products
 from core.parallel.context import ParallelContext
+from core.parallel.cutting import Block
 from core.parallel.placement import Placement
 from core.parallel.random import ZEROS, Init
 from core.parallel.recompute import recomputed
-from core.parallel.sharding import Block, declared_parameters
+from core.parallel.sharding import declared_parameters
 from core.testing.distributed import WorkerPool
 from core.testing.layouts import LayerCase, randomize, run_case
 from core.testing.parity import assert_close
@@ -174,7 +176,7 @@ class _Counter:
             self.count += x.shape == (48, H)
             return quantize_both(x, *args)
 
-        monkeypatch.setattr(products, "quantize_both", counted)
+        monkeypatch.setattr(fp8_products, "quantize_both", counted)
 
 
 @RECIPES
@@ -286,7 +288,7 @@ def test_maxima_come_from_the_kernels_that_wrote_the_matrix(
         return scale_of_whole(x, dtype)
 
     read: list[int] = []
-    monkeypatch.setattr(products, "scale_of_whole", sizes)
+    monkeypatch.setattr(fp8_products, "scale_of_whole", sizes)
     found = run()
     tokens, weights = S * B, [first.weight.numel(), second.weight.numel()]
     # Forward: input and weight of each layer; backward: the gradient of each, and again the weight,
@@ -294,7 +296,7 @@ def test_maxima_come_from_the_kernels_that_wrote_the_matrix(
     assert read[:4] == [tokens, weights[0], tokens, weights[1]]
     assert read[4:] == [tokens * H, weights[1], tokens, weights[0]]
     read.clear()
-    monkeypatch.setattr(products, "maxima_of", lambda x: x)
+    monkeypatch.setattr(fp8_products, "maxima_of", lambda x: x)
     expected = run()
     assert read[0] == tokens * H
     for a, b in zip(found, expected, strict=True):

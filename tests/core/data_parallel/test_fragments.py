@@ -6,16 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.data_parallel.regions import ALIGNMENT, Fragment, aligned, cut_fragments, row_major_boxes
-from core.parallel.sharding import (
-    Block,
-    Box,
-    BoxCopy,
-    ParamSharding,
-    split_blocks,
-    split_vocab,
-    whole_copy,
-)
+from core.data_parallel.fragments import cut_fragments, row_major_boxes
+from core.data_parallel.regions import ALIGNMENT, Fragment, aligned
+from core.parallel.cutting import Block, split_blocks, split_vocab, whole_copy
+from core.parallel.sharding import Box, BoxCopy, ParamSharding
 
 Shape = tuple[int, ...]
 
