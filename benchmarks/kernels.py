@@ -388,8 +388,8 @@ def _update_case(s: Shapes, name: str, per_element: float, remainder: bool, narr
     return Case(f"AdamW, {name}", per_element * rows * 128, prepare, error)
 
 
-NORM_LAUNCHES = ((264, 16, 3), (396, 16, 3), (264, 16, 2), (396, 16, 2), (264, 8, 3))
-"""Programs, elements for each thread, tokens under way."""
+NORM_LAUNCHES = ((132, 8192, 32, 3), (132, 4096, 16, 4), (132, 8192, 16, 3), (264, 4096, 16, 3))
+"""Programs, elements at a time and for each thread, tokens under way."""
 ROTARY_LAUNCHES = ((32, 4), (32, 8), (16, 4), (16, 2))
 """Heads at a time, warps."""
 
@@ -414,7 +414,7 @@ def variant_cases(s: Shapes) -> Iterator[tuple[str, Case]]:
 
     for title, centred in (("sum + RMS norm", False), ("sum + bias + layer norm", True)):
         for cut in NORM_LAUNCHES:
-            name = "{} programs, {} elements, {} stages".format(*cut)
+            name = "{} programs, {} elements, {} a thread, {} stages".format(*cut)
             prepare = functools.partial(norm, triton_norm.Launch(*cut), centred)
             yield f"{title} backward", Case(name, 8.0 * s.t * s.h, prepare, lambda: 0.0)
     for direction in ("forward", "backward"):

@@ -14,8 +14,9 @@ from torch import Tensor
 
 jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
-_BLOCK = 2048
-"""Columns at a time: two wide loads of eight 16-bit elements for each thread of four warps."""
+_READ, _READ_WARPS = 2048, 8
+_WRITTEN, _WRITTEN_WARPS = 1024, 4
+"""Columns at a time: one wide load of eight 16-bit elements for each thread."""
 
 
 @jit
@@ -34,16 +35,22 @@ def _row_statistics(
     valid: tl.tensor,
     TOTAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> None:
-    """One program: one token."""
+    """One program: one token. Each wide load has a maximum and a sum of its own, so that no thread
+    waits for another before the end.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    lane = tl.arange(0, BLOCK)
-    highest = tl.full((), float("-inf"), tl.float32)
-    reference = tl.full((), 0.0, tl.float32)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    totals = tl.zeros((BLOCK,), tl.float32)
+    lane = tl.arange(0, BLOCK // WIDE)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+    highest = tl.full((BLOCK // WIDE, 1), float("-inf"), tl.float32)
+    sums = tl.zeros((BLOCK // WIDE, 1), tl.float32)
+    totals = tl.zeros((BLOCK // WIDE, WIDE), tl.float32)
     following = tl.load(logits + lane, mask=lane < valid, other=float("-inf"))
+    reference = tl.full((), 0.0, tl.float32)
+    if TOTAL:
+        reference = tl.max(following).to(tl.float32)
+        reference = tl.where(reference == float("-inf"), 0.0, reference)
     for start in range(0, valid, BLOCK):
         x = following.to(tl.float32)
         column = start + lane
@@ -51,17 +58,16 @@ def _row_statistics(
         ahead = column + BLOCK
         following = tl.load(logits + ahead, mask=ahead < valid, other=float("-inf"))
         before = highest
-        highest = tl.maximum(before, tl.max(x))
+        highest = tl.maximum(before, tl.max(x, 1, keep_dims=True))
         base = tl.where(highest == float("-inf"), 0.0, highest)
-        # Sums are kept for each lane, so that only the maximum crosses lanes in every block.
-        sums = sums * _exp(before - base) + _exp(x - base)
+        sums = sums * _exp(before - base) + tl.sum(_exp(x - base), 1, keep_dims=True)
         if TOTAL:
-            reference = tl.where(start == 0, base, reference)
             totals += tl.where(column < valid, x - reference, 0.0)
-    base = tl.where(highest == float("-inf"), 0.0, highest)
+    top = tl.max(highest)
+    base = tl.where(top == float("-inf"), 0.0, top)
     out += 3 * row
-    tl.store(out, highest)
-    tl.store(out + 1, tl.sum(sums))
+    tl.store(out, top)
+    tl.store(out + 1, tl.sum(sums * _exp(highest - base)))
     if TOTAL:
         tl.store(out + 2, tl.sum(totals) + valid * (reference - base))
     else:
@@ -102,7 +108,10 @@ def row_statistics(logits: Tensor, valid: int, total: bool) -> Tensor:
     assert logits.stride(-1) == 1
     out = torch.empty((len(logits), 3), dtype=torch.float32, device=logits.device)
     if len(logits):
-        _row_statistics[len(logits),](logits, out, logits.stride(0), valid, total, _BLOCK)
+        wide = 16 // logits.element_size()
+        _row_statistics[len(logits),](
+            logits, out, logits.stride(0), valid, total, _READ, wide, num_warps=_READ_WARPS
+        )
     return out
 
 
@@ -119,7 +128,7 @@ def write_gradient(
     tokens, columns = logits.shape
     first, valid = part
     if tokens:
-        _write_gradient[tokens, triton.cdiv(columns, _BLOCK)](
+        _write_gradient[tokens, triton.cdiv(columns, _WRITTEN)](
             logits,
             labels - first,
             torch.cat((statistics, scale[:, None]), dim=1),
@@ -127,7 +136,8 @@ def write_gradient(
             valid,
             1.0 - smoothing[0],
             smoothing[1],
-            _BLOCK,
+            _WRITTEN,
+            num_warps=_WRITTEN_WARPS,
         )
     # Autograd does not see the kernel write.
     torch.autograd.graph.increment_version(logits)

@@ -5,6 +5,7 @@ Imported on CUDA only. Legend: t tokens, n heads that are normed each on its own
 state), h width.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from core.kernels.maxima import remember
-from core.kernels.token_rows import TokenRows, token_rows
+from core.kernels.token_rows import token_rows
 from core.kernels.triton_elementwise import largest_bits
 
 jit: Callable[[Callable[..., Any]], Any] = triton.jit
@@ -26,13 +28,17 @@ MAX_ELEMENTS = 16384
 
 @dataclass(frozen=True)
 class Launch:
-    """How the backward pass is cut. Results depend on `programs`, so it is the same everywhere."""
+    """How the backward pass is cut. Results depend on `programs` and `block`, so they are the same
+    everywhere.
+    """
 
-    programs: int = 264
-    """Two for each processor of an H100 or H200, all resident at once. Each sums the gradients of
-    the parameters over its tokens."""
-    elements: int = 16
-    """For each thread: two wide loads of 16-bit elements from each of three tensors."""
+    programs: int = 132
+    """One for each processor of an H100 or H200. Each sums the gradients of the parameters over its
+    tokens, and writes a row for each parameter: with more of them, what is written counts."""
+    block: int = 8192
+    """Elements that a program takes at a time: of several tokens where they are short."""
+    elements: int = 32
+    """For each thread: four wide loads of 16-bit elements from each of three tensors."""
     stages: int = 3
     """Tokens under way: the next ones are fetched into shared memory while one is computed. Fewer
     where they have no room."""
@@ -41,7 +47,7 @@ class Launch:
 LAUNCH = Launch()
 _ELEMENTS = 16
 """For each thread of the forward pass."""
-_COLUMNS, _PROGRAMS_AT_A_TIME = 32, 128
+_COLUMNS, _PROGRAMS_AT_A_TIME = 32, 256
 """Of the sum over programs: one line of fp32 numbers from each."""
 
 
@@ -114,39 +120,45 @@ def _backward(
     STRIDE: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """One program: every `num_programs`-th token, and for each parameter one row of partial sums:
-    weight, bias (CENTRED), bias of the branch (EXTRA).
+    """One program: TOKENS at a time, of which each has HEADS rows, and for each parameter one row
+    of partial sums: weight, bias (CENTRED), bias of the branch (EXTRA).
     """
-    head = tl.arange(0, HEAD_BLOCK)[:, None]
+    row = tl.arange(0, ROW_BLOCK)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
-    inside = (head < HEADS) & (lane < WIDTH)
-    at = head * WIDTH + lane
-    scale = tl.load(weight + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
-    dweight = tl.zeros((HEAD_BLOCK, BLOCK), tl.float32)
-    dbias = tl.zeros((HEAD_BLOCK, BLOCK), tl.float32)
-    dextra = tl.zeros((HEAD_BLOCK, BLOCK), tl.float32)
-    start = tl.program_id(0).to(tl.int64)
-    for row in tl.range(start, tokens, tl.num_programs(0), num_stages=STAGES):
-        own = row * (HEADS * WIDTH) + at
-        unit = tl.load(x + row * STRIDE + at, mask=inside, other=0.0).to(tl.float32)
+    columns = lane < WIDTH
+    at = row // HEADS * STRIDE + row % HEADS * WIDTH + lane
+    scale = tl.load(weight + lane, mask=columns, other=0.0).to(tl.float32)
+    dweight = tl.zeros((ROW_BLOCK, BLOCK), tl.float32)
+    dbias = tl.zeros((ROW_BLOCK, BLOCK), tl.float32)
+    dextra = tl.zeros((ROW_BLOCK, BLOCK), tl.float32)
+    start = tl.program_id(0).to(tl.int64) * TOKENS
+    for first in tl.range(start, tokens, tl.num_programs(0) * TOKENS, num_stages=STAGES):
+        rows = row < tl.minimum(tokens - first, TOKENS) * HEADS
+        inside = rows & columns
+        own = first * (HEADS * WIDTH) + row * WIDTH + lane
+        unit = tl.load(x + first * STRIDE + at, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(dnormed + own, mask=inside, other=0.0).to(tl.float32)
-        ours = (row * HEADS + head) * (2 if CENTRED else 1)
-        root = tl.load(statistics + ours, mask=head < HEADS, other=0.0)
+        ours = (first * HEADS + row) * (2 if CENTRED else 1)
+        root = tl.load(statistics + ours, mask=rows, other=0.0)
         if CENTRED:
-            unit = unit - tl.load(statistics + ours + 1, mask=head < HEADS, other=0.0)
+            unit = (unit - tl.load(statistics + ours + 1, mask=rows, other=0.0)) * root
             dbias += dy
-        unit = unit * root
+        else:
+            unit = unit * root
         dweight += dy * unit
         grad = dy * scale
         # Beyond the width `grad` is zero, and `unit` is not looked at.
-        along = tl.sum(grad * unit, 1, keep_dims=True) / WIDTH
+        along = tl.sum(grad * unit, 1, keep_dims=True) * (root / WIDTH)
         if CENTRED:
-            grad = grad - tl.sum(grad, 1, keep_dims=True) / WIDTH
-        grad = (grad - unit * along) * root
+            across = tl.sum(grad, 1, keep_dims=True) * (root / WIDTH)
+            grad = grad * root - (unit * along + across)
+        else:
+            grad = grad * root - unit * along
         if dtotal is not None:
             grad += tl.load(dtotal + own, mask=inside, other=0.0).to(tl.float32)
         if EXTRA:
@@ -170,8 +182,13 @@ def _sum_programs(
     width: tl.tensor,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
-    """One program: COLUMNS of all rows of `[programs, width]`, ROWS at a time, in a fixed order."""
+    """One program: COLUMNS of all rows of `[programs, width]`, ROWS at a time, in a fixed order. If
+    it is launched EARLY, the kernel that writes them may still run.
+    """
+    if EARLY:
+        gdc_wait()
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, programs, ROWS):
@@ -182,31 +199,30 @@ def _sum_programs(
     tl.store(out + column, summed.to(out.dtype.element_ty), mask=column < width)
 
 
-def _constants(rows: TokenRows) -> dict[str, int]:
-    """What both kernels are told of a token."""
-    return {
-        "STRIDE": rows.stride,
-        "HEADS": rows.heads,
-        "WIDTH": rows.width,
-        "HEAD_BLOCK": triton.next_power_of_2(rows.heads),
-        "BLOCK": triton.next_power_of_2(rows.width),
-    }
-
-
-def _warps(rows: TokenRows, elements: int) -> int:
+def _warps(block: int, elements: int) -> int:
     """So that each thread has so many elements."""
-    block = triton.next_power_of_2(rows.heads) * triton.next_power_of_2(rows.width)
     return min(max(block // (32 * elements), 1), 32)
 
 
-def _stages(x: Tensor, rows: TokenRows, launch: Launch) -> int:
-    """As many as shared memory has room for: all but one token wait there, with three rows each."""
+def _stages(x: Tensor, block: int, stages: int) -> int:
+    """As many as shared memory has room for: all but one wait there, with three rows each."""
     if not x.is_cuda:
-        return launch.stages
+        return stages
     properties: Any = torch.cuda.get_device_properties(x.device)
     room = properties.shared_memory_per_block_optin - 4096
-    block = triton.next_power_of_2(rows.heads) * triton.next_power_of_2(rows.width)
-    return min(launch.stages, 1 + room // (3 * block * x.element_size()))
+    return min(stages, 1 + room // (3 * block * x.element_size()))
+
+
+@functools.cache
+def _early(device: torch.device) -> bool:
+    """Whether a kernel can be launched while the one before it ends (programmatic dependent launch
+    of Hopper and later).
+    """
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
 
 
 def forward(
@@ -236,6 +252,7 @@ def forward(
     kinds = 1 if bias is None else 2
     count = rows.tokens * rows.heads * kinds
     numbers = torch.empty(count + rows.tokens, dtype=torch.float32, device=hidden.device)
+    heads, width = triton.next_power_of_2(rows.heads), triton.next_power_of_2(rows.width)
     if rows.tokens:
         _forward[rows.tokens,](
             hidden,
@@ -247,8 +264,12 @@ def forward(
             normed,
             numbers,
             eps,
-            **_constants(rows),
-            num_warps=_warps(rows, _ELEMENTS),
+            rows.stride,
+            rows.heads,
+            rows.width,
+            heads,
+            width,
+            num_warps=_warps(heads * width, _ELEMENTS),
         )
         remember(normed, numbers[count:].view(-1, 1))
     statistics = numbers[:count].view(rows.tokens, rows.heads, kinds)
@@ -272,10 +293,13 @@ def backward(
     dnormed = dnormed.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
     centred = statistics.shape[-1] == 2
-    programs, kinds = min(rows.tokens, launch.programs), 1 + centred + has_extra
+    kinds, width = 1 + centred + has_extra, triton.next_power_of_2(rows.width)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not rows.tokens:
         return dx, weight.new_zeros(kinds, rows.width)
+    tokens = max(launch.block // (rows.heads * width), 1)
+    programs = min(triton.cdiv(rows.tokens, tokens), launch.programs)
+    row_block = triton.next_power_of_2(tokens * rows.heads)
     sums = torch.empty((programs, kinds, rows.width), dtype=torch.float32, device=x.device)
     _backward[programs,](
         x,
@@ -288,13 +312,26 @@ def backward(
         rows.tokens,
         centred,
         has_extra,
-        **_constants(rows),
-        STAGES=_stages(x, rows, launch),
-        num_warps=_warps(rows, launch.elements),
+        rows.stride,
+        rows.heads,
+        rows.width,
+        tokens,
+        row_block,
+        width,
+        _stages(x, row_block * width, launch.stages),
+        num_warps=_warps(row_block * width, launch.elements),
     )
-    columns = kinds * rows.width
+    columns, early = kinds * rows.width, _early(x.device)
     out = torch.empty((kinds, rows.width), dtype=weight.dtype, device=x.device)
     _sum_programs[triton.cdiv(columns, _COLUMNS),](
-        sums, out, programs, columns, _COLUMNS, _PROGRAMS_AT_A_TIME, num_warps=8
+        sums,
+        out,
+        programs,
+        columns,
+        _COLUMNS,
+        _PROGRAMS_AT_A_TIME,
+        early,
+        num_warps=8,
+        **({"launch_pdl": True} if early else {}),
     )
     return dx, out

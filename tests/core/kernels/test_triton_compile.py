@@ -18,6 +18,13 @@ def _norm_sizes(heads: int, width: int) -> dict[str, int]:
     return {**sizes, "HEAD_BLOCK": block[0], "BLOCK": block[1]}
 
 
+def _norm_backward_sizes(heads: int, width: int) -> dict[str, int]:
+    sizes = _norm_sizes(heads, width)
+    block = sizes.pop("HEAD_BLOCK") * sizes["BLOCK"]
+    tokens = 8192 // block
+    return {**sizes, "TOKENS": tokens, "ROW_BLOCK": 8192 // sizes["BLOCK"]}
+
+
 def _rotary_sizes(heads: int, groups: int, size: int, half: int) -> dict[str, int]:
     sizes = {"HEADS": heads, "GROUPS": groups, "SIZE": size, "HALF": half, "HALF_BLOCK": half}
     blocks = [1 << (n - 1).bit_length() for n in (heads, groups, max(size - 2 * half, 1))]
@@ -34,7 +41,10 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ),
     *(
         ("triton_cross_entropy", "_row_statistics", "*bf16 *fp32 i32 i32", constants)
-        for constants in ({"TOTAL": True, "BLOCK": 2048}, {"TOTAL": False, "BLOCK": 2048})
+        for constants in (
+            {"TOTAL": True, "BLOCK": 2048, "WIDE": 8},
+            {"TOTAL": False, "BLOCK": 2048, "WIDE": 8},
+        )
     ),
     *(
         (
@@ -63,9 +73,14 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
             {"CENTRED": centred, "EXTRA": centred, "STAGES": stages, **sizes},
         )
         for dtotal, centred, stages in (("*bf16", True, 3), ("*bf16", False, 1), ("None", False, 2))
-        for sizes in (_norm_sizes(1, 4096), _norm_sizes(12, 64))
+        for sizes in (_norm_backward_sizes(1, 4096), _norm_backward_sizes(12, 64))
     ),
-    ("triton_norm", "_sum_programs", "*fp32 *bf16 i32 i32", {"COLUMNS": 32, "ROWS": 128}),
+    (
+        "triton_norm",
+        "_sum_programs",
+        "*fp32 *bf16 i32 i32",
+        {"COLUMNS": 32, "ROWS": 256, "EARLY": True},
+    ),
     (
         "triton_cross_entropy",
         "_write_gradient",

@@ -78,7 +78,13 @@ def test_against_the_plain_function(used: str, added: str, bias: bool, dtype: to
 
 
 @pytest.mark.parametrize(
-    "changes", [{"programs": 1}, {"programs": 4, "stages": 3}, {"programs": 11}]
+    "changes",
+    [
+        {"programs": 1},
+        {"programs": 11, "block": 32},
+        {"programs": 4, "stages": 2, "block": 32},
+        {"programs": 2, "block": 64},
+    ],
 )
 def test_more_tokens_than_programs(
     changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
