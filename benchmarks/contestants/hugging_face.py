@@ -22,11 +22,14 @@ _ATTENTION = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-"""In order of preference."""
+"""In order of preference: what torch itself chooses on an H100 or H200. It is said here because one
+`sdpa_kernel(..., set_priority=True)` elsewhere in the process leaves it with an order in which
+cuDNN comes last (torch sets its own at the first call, which may be inside such a context).
+"""
 
 
 class HuggingFace:
-    """The loop that its users run: fp32 parameters under autocast to bf16, attention as it comes,
+    """The loop that its users run: fp32 parameters under autocast to bf16, torch's attention,
     gradients added up by autograd, fused AdamW. Its Trainer does the same with `bf16=True`.
     """
 
@@ -68,10 +71,11 @@ class HuggingFace:
     def step(self) -> Tensor:
         """Run the next step; returns its mean loss."""
         total = torch.zeros((), device=self._device)
-        for i in range(self._work.microbatches):
-            loss = self._forward(*self._microbatch(i)).loss
-            loss.backward()
-            total += loss.detach()
+        with sdpa_kernel(_ATTENTION, set_priority=True):
+            for i in range(self._work.microbatches):
+                loss = self._forward(*self._microbatch(i)).loss
+                loss.backward()
+                total += loss.detach()
         nn.utils.clip_grad_norm_(self._trained, CLIP)
         self._optimizer.step()
         self._after_update()
@@ -81,7 +85,8 @@ class HuggingFace:
     def token_losses(self) -> Tensor:
         """Losses of the first microbatch."""
         inputs, labels = self._microbatch(0)
-        logits = self._forward(inputs, labels).logits.detach()
+        with sdpa_kernel(_ATTENTION, set_priority=True):
+            logits = self._forward(inputs, labels).logits.detach()
         losses = nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), reduction="none"
         )
@@ -119,23 +124,13 @@ class HuggingFace:
 
 class TunedHuggingFace(HuggingFace):
     """As fast as the parts of its model allow: bf16 parameters with fp32 masters beside them,
-    cuDNN's attention, layers and loss compiled one by one, gradients added to fp32 sums as soon as
-    they are there, so that no bf16 sum is kept over microbatches.
+    layers and loss compiled one by one, gradients added to fp32 sums as soon as they are there, so
+    that no bf16 sum is kept over microbatches.
     """
 
     def __init__(self, work: Workload, config: TransformerConfig, device: torch.device) -> None:
         """Build from this project's initial weights; arguments as of `HuggingFace`."""
         super().__init__(work, config, device, compiled=True, dtype=torch.bfloat16)
-
-    def step(self) -> Tensor:
-        """Run the next step; returns its mean loss."""
-        with sdpa_kernel(_ATTENTION, set_priority=True):
-            return super().step()
-
-    def token_losses(self) -> Tensor:
-        """Losses of the first microbatch."""
-        with sdpa_kernel(_ATTENTION, set_priority=True):
-            return super().token_losses()
 
     def _compile(self, config: TransformerConfig) -> None:
         for layer in _layers(self.model, config.num_layers):

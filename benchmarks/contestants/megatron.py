@@ -132,6 +132,9 @@ class Megatron:
 
     def token_losses(self) -> Tensor:
         """Losses of the first microbatch."""
+        # As its schedule does before the first of a step. Otherwise delayed scaling keeps weights
+        # as it has cast them in the very first pass, when it did not know their scale.
+        self.model.set_is_first_microbatch()
         losses, _ = _forward(self._batches(), self.model)
         return losses.detach()
 
