@@ -1,19 +1,24 @@
-"""What number formats do to a loss curve: one run of a 100M-parameter model on the demo's text in
-each format, through `models/llama/train.py`, with the same samples, initial weights and schedule.
+"""What number formats do to a loss curve: runs of a 100M-parameter model on the demo's text in each
+format, through `models/llama/train.py`. Runs of one seed have the same samples, initial weights and
+schedule. `bf16-again` takes its microbatches by halves: it differs from bf16 in roundings of sums
+alone, so what lies between these two is no format's doing.
 
 `python -m benchmarks.precision --out runs/precision` trains and prints the table;
 `--draw runs/precision/losses.jsonl` prints it again from the record and draws the curves, on a
 machine without a GPU too.
 """
 
+import itertools
 import json
+import math
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +34,7 @@ from examples.demo import source_files
 RUNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "bf16": ("--precision.dtype", "bf16"),
+        "bf16-again": ("--precision.dtype", "bf16"),
         "fp32": ("--precision.dtype", "fp32"),
         "fp8": ("--precision.dtype", "bf16", "--precision.fp8", "current"),
         "fp8-rowwise": ("--precision.dtype", "bf16", "--precision.fp8", "rowwise"),
@@ -40,11 +46,14 @@ RUNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )  # fmt: skip
 """Options of each run."""
 
-BASE = "bf16"
-"""The run that the others are compared with."""
+BASE, AGAIN = "bf16", "bf16-again"
+"""The run that the others are compared with, and its control."""
 
 LAST_STEPS = 20
 """The final loss is the mean over this many steps at the end."""
+
+Curve = list[tuple[int, float]]
+"""Steps and losses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +64,13 @@ class Report:
     """Folder for the record, and for what each run prints."""
     draw: Path | None = None
     """Train nothing: read this record, print the table, and draw a picture beside it."""
-    runs: tuple[str, ...] = ("bf16", "fp32", "fp8", "fp8-te")
+    runs: tuple[str, ...] = ("bf16", "bf16-again", "fp32", "fp8", "fp8-te")
     """Formats, by name."""
+    seeds: tuple[int, ...] = (1,)
+    """Of samples and weights: each format runs with each."""
+    jobs: int = 1
+    """Runs at a time. A small model leaves a GPU idle between kernels; with several their speeds
+    mean nothing."""
     steps: int = 300
     """Steps of each run."""
     layers: int = 16
@@ -67,18 +81,20 @@ class Report:
     """Bytes per sample."""
     batch_size: int = 8
     """Samples per step. fp32 products have no tensor cores, so few."""
-    learning_rate: float = 3e-4
-    """At its highest, after a third of the steps; it ends at a tenth. At 1e-3 the loss leaps on the
-    way, and runs that differ in rounding alone part by 2 %."""
+    learning_rate: float = 1e-4
+    """At its highest, after a third of the steps; it ends at a tenth. Runs that differ in rounding
+    alone part by 0.1 % at 1e-4, by 0.3 % at 3e-4 (means of a few seeds), and by more at 1e-3, where
+    the loss leaps on the way."""
     data_mb: int = 24
     """How much text to take, in 10^6 bytes."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Where to train."""
 
 
-def train_command(report: Report, name: str, corpus: Path, save: Path) -> list[str]:
+def train_command(report: Report, name: str, seed: int, corpus: Path, save: Path) -> list[str]:
     """The command of a run."""
     heads = report.hidden_size // 64
+    micro_batch = report.batch_size // (2 if name == AGAIN else 1)
     return [
         sys.executable, "models/llama/train.py", "--preset", "tiny", "--tokenizer", "byte",
         "--device", report.device, *RUNS[name],
@@ -89,7 +105,8 @@ def train_command(report: Report, name: str, corpus: Path, save: Path) -> list[s
         "--data.train", str(corpus), "--data.split", "100,0,0",
         "--data.seq-length", str(report.seq_length),
         "--train.steps", str(report.steps), "--train.global-batch-size", str(report.batch_size),
-        "--train.micro-batch-size", str(report.batch_size), "--save", str(save),
+        "--train.micro-batch-size", str(micro_batch), "--train.seed", str(seed),
+        "--save", str(save),
         "--optimizer.lr", str(report.learning_rate),
         "--optimizer.min-lr", str(report.learning_rate / 10),
         "--optimizer.warmup-steps", str(report.steps // 3),
@@ -108,58 +125,95 @@ def prepare_corpus(report: Report, folder: Path) -> Path:
 
 
 def train(report: Report, record: Path) -> None:
-    """Run every format; a failed one loses none of the others."""
+    """Run every format with every seed; a failed run loses none of the others."""
     with tempfile.TemporaryDirectory() as folder, record.open("w") as out:
         corpus = prepare_corpus(report, Path(folder))
-        for name in report.runs:
-            save = Path(folder) / name
+
+        def run(case: tuple[int, str]) -> tuple[int, str, Path | None]:
+            seed, name = case
+            save = Path(folder) / f"{name}-{seed}"
             start = time.monotonic()
-            log = report.out / f"{name}.log"
+            log = report.out / f"{name}-{seed}.log"
             with log.open("w") as text:
-                command = train_command(report, name, corpus, save)
+                command = train_command(report, name, seed, corpus, save)
                 status = subprocess.run(command, check=False, stdout=text, stderr=text).returncode
             took = time.monotonic() - start
             last = log.read_text().splitlines()[-1:]
-            print(f"== {name}: exit status {status} after {took:.0f} s: {last}", flush=True)
-            if status:
-                continue
-            for line in (save / "metrics.jsonl").read_text().splitlines():
-                row = json.loads(line)
-                if "loss" in row:
-                    kept = {"precision": name, "step": row["step"], "loss": row["loss"]}
-                    out.write(json.dumps(kept) + "\n")
-            out.flush()
-            shutil.rmtree(save)  # with its checkpoint, of which nothing is needed
+            print(
+                f"== {name}, seed {seed}: exit status {status} after {took:.0f} s: {last}",
+                flush=True,
+            )
+            return seed, name, None if status else save
+
+        with ThreadPoolExecutor(report.jobs) as pool:
+            for seed, name, save in pool.map(run, itertools.product(report.seeds, report.runs)):
+                if save is None:
+                    continue
+                for line in (save / "metrics.jsonl").read_text().splitlines():
+                    row = json.loads(line)
+                    if "loss" in row:
+                        kept = {"precision": name, "seed": seed}
+                        kept |= {"step": row["step"], "loss": row["loss"]}
+                        out.write(json.dumps(kept) + "\n")
+                out.flush()
+                shutil.rmtree(save)  # with its checkpoint, of which nothing is needed
 
 
-def read_record(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Steps and losses by format."""
-    curves: dict[str, list[tuple[int, float]]] = {}
+def read_record(path: Path) -> dict[str, dict[int, Curve]]:
+    """Curves by format and seed."""
+    curves: dict[str, dict[int, Curve]] = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        curves.setdefault(row["precision"], []).append((row["step"], row["loss"]))
+        curve = curves.setdefault(row["precision"], {}).setdefault(row["seed"], [])
+        curve.append((row["step"], row["loss"]))
     return curves
 
 
-def final_loss(curve: list[tuple[int, float]]) -> float:
+def final_loss(curve: Curve) -> float:
     """Mean loss of the last steps."""
     return statistics.fmean(loss for _, loss in curve[-LAST_STEPS:])
 
 
-def table(curves: Mapping[str, list[tuple[int, float]]]) -> str:
-    """Final losses, and their difference from the base's."""
-    lines = [f"{'format':12} {'steps':>5} {'first':>8} {'final':>8} {'over ' + BASE:>10}"]
-    base = final_loss(curves[BASE]) if BASE in curves else None
-    for name, curve in curves.items():
-        last = final_loss(curve)
-        share = "" if base is None else f"{last / base - 1:+10.3%}"
-        lines.append(f"{name:12} {len(curve):5} {curve[0][1]:8.4f} {last:8.4f} {share}")
-    lines.append(f"final: mean over the last {LAST_STEPS} steps, nats per byte")
+def mean_curve(curves: Iterable[Curve]) -> Curve:
+    """Of several seeds, as far as all go."""
+    return [
+        (rows[0][0], statistics.fmean(loss for _, loss in rows))
+        for rows in zip(*curves, strict=False)
+    ]
+
+
+def table(curves: Mapping[str, Mapping[int, Curve]]) -> str:
+    """Final losses as means over seeds, and the difference from the base's, seed by seed: its mean,
+    its standard error, and the largest of them.
+    """
+    title = f"over {BASE}"
+    lines = [
+        f"{'format':12} {'seeds':>5} {'first':>8} {'final':>8} {title:>10} {'error':>7} "
+        f"{'largest':>8}"
+    ]
+    base = {seed: final_loss(curve) for seed, curve in curves.get(BASE, {}).items()}
+    for name, by_seed in curves.items():
+        first = statistics.fmean(curve[0][1] for curve in by_seed.values())
+        last = statistics.fmean(final_loss(curve) for curve in by_seed.values())
+        line = f"{name:12} {len(by_seed):5} {first:8.4f} {last:8.4f}"
+        apart = [
+            final_loss(curve) / base[seed] - 1 for seed, curve in by_seed.items() if seed in base
+        ]
+        if apart:
+            line += f" {statistics.fmean(apart):+10.3%}"
+        if len(apart) > 1:
+            error = statistics.stdev(apart) / math.sqrt(len(apart))
+            line += f" {error:7.3%} {max(apart, key=abs):+8.3%}"
+        lines.append(line)
+    lines.append(
+        f"final: mean over the last {LAST_STEPS} steps, nats per byte; error: standard error of the"
+    )
+    lines.append("mean over seeds")
     return "\n".join(lines)
 
 
-def draw(curves: Mapping[str, list[tuple[int, float]]], path: Path) -> None:
-    """The curves, and below them their distance from the base's."""
+def draw(curves: Mapping[str, Mapping[int, Curve]], path: Path) -> None:
+    """The curves, and below them their distance from the base's, both as means over seeds."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -168,18 +222,19 @@ def draw(curves: Mapping[str, list[tuple[int, float]]], path: Path) -> None:
     figure, (above, below) = plt.subplots(
         2, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1), layout="constrained"
     )
-    base = dict(curves.get(BASE, []))
-    for name, curve in curves.items():
-        steps, losses = zip(*curve, strict=True)
-        above.plot(steps, losses, label=name, linewidth=1)
-        if base and name != BASE:
-            apart = [loss / base[step] - 1 for step, loss in curve if step in base]
-            below.plot(steps[: len(apart)], [100 * share for share in apart], linewidth=1)
-        else:
-            below.plot([], [])  # keeps the colours of both alike
-    above.set(ylabel="nats per byte", title="One model, one order of samples, several formats")
+    base = curves.get(BASE, {})
+    for name, by_seed in curves.items():
+        above.plot(*zip(*mean_curve(by_seed.values()), strict=True), label=name, linewidth=1)
+        apart = [
+            [(step, 100 * (loss / other - 1)) for (step, loss), (_, other) in pairs]
+            for pairs in (zip(by_seed[s], base[s], strict=False) for s in by_seed if s in base)
+        ]
+        # What draws nothing keeps the colours of both alike.
+        points = mean_curve(apart) if apart and name != BASE else []
+        below.plot([step for step, _ in points], [share for _, share in points], linewidth=1)
+    above.set(ylabel="nats per byte", title="One model and its samples in several formats")
     above.legend()
-    below.set(xlabel="step", ylabel=f"% over {BASE}")
+    below.set(xlabel="step", ylabel=f"% over {BASE}, seed by seed")
     for axes in (above, below):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
