@@ -303,7 +303,12 @@ def test_a_run_changes_its_backend_on_the_way(tmp_path: Path) -> None:
 
 
 def _on_rank(run: BackendRun) -> BackendOutcome:
-    # Transformer Engine speaks of CUDA_DEVICE_MAX_CONNECTIONS, which changes speed alone.
+    # Transformer Engine keeps the delayed scales of a process's models, and reduces them over their
+    # groups at the end of every forward pass. Those of an earlier run on this rank are gone.
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    FP8GlobalStateManager.reset()
+    # It speaks of CUDA_DEVICE_MAX_CONNECTIONS, which changes speed alone.
     return train_backend(run, "cuda")
 
 
