@@ -32,10 +32,11 @@ class RunConfig(Generic[ModelConfigT]):
     tokenizer: str | None = None
     """Tokenizer: a folder, a file, a Hugging Face Hub id, or `byte`."""
     init_from: str | None = None
-    """Hugging Face weights to start from: a local folder (`hf download` makes one). Used when
-    there is no checkpoint in --save or --load."""
+    """Weights to start from at step 0: a local Hugging Face folder (`hf download` makes one), or a
+    checkpoint of another run. Used when there is no checkpoint in --save or --load."""
     load: str | None = None
-    """Checkpoint to start from, used when there is none in --save."""
+    """Checkpoint to go on from, step, optimizer and data included; used when there is none in
+    --save."""
     save: str | None = None
     """Folder for checkpoints, metrics and this configuration. A run started again with the same
     folder goes on from its newest checkpoint."""

@@ -58,7 +58,7 @@ def check_same_order(config: RunConfig[Any], dataset: Any) -> None:
         f"this run would read other samples than the one that saved {reader.path}: {name} is "
         f"{new}, and was {old}; give --train.seed, --train.steps and --data options as before, or "
         "--train.allow-changed-data to go on all the same; to train these weights on other data "
-        "from step 0, export them (python -m converters export) and start from --init-from"
+        f"from step 0, choose another --save and give --init-from {config.save}"
     )
 
 

@@ -108,7 +108,8 @@ def check_before_start(config: RunConfig[Any]) -> None:
 
     Raises:
         ConfigError: options that do not fit together, the number of processes or this machine.
-        CheckpointError: there is no checkpoint in --load, or it is of another architecture.
+        CheckpointError: there is no checkpoint in --load, or what the run would start from is of
+            another architecture.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     dp = config.parallel.data_parallel_size(world_size)
@@ -116,12 +117,7 @@ def check_before_start(config: RunConfig[Any]) -> None:
     check_trackers(config.train.track)
     if config.save is not None:
         _check_folder(Path(config.save))
-    source = config.init_from if find_checkpoint(config) is None else None
-    if source is not None and not (Path(source) / "config.json").is_file():
-        raise ConfigError(
-            f"--init-from {source} is no folder with a config.json: name a local Hugging Face "
-            "folder (`hf download NAME --local-dir FOLDER` makes one)"
-        )
+    find_checkpoint(config)
 
 
 def _check_folder(save: Path) -> None:

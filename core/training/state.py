@@ -24,7 +24,7 @@ from core.parallel.context import ParallelContext
 from core.parallel.placement import initialize_parameters
 from core.parallel.sharding import DeclaredParameter
 from core.training.saved_state import ModuleState, load_parameters, load_state, saved_state
-from core.training.start import open_compatible, start_candidates
+from core.training.start import StartCandidates, open_compatible, start_candidates
 from core.training.task import TrainTask
 
 CONFIG_FILE = "run.toml"
@@ -57,7 +57,7 @@ class RunState:
     modules: ModuleState
     position: Position = dataclasses.field(default_factory=Position)
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What is remembered of the Hugging Face weights that training began with."""
+    """What is remembered of the Hugging Face weights that training began with, in whichever run."""
     sample_order: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the order of training samples follows from (`core.training.data_order`)."""
     is_of_another_folder: bool = False
@@ -83,9 +83,13 @@ class RunState:
         Raises:
             CheckpointError: no checkpoint is intact, or one is of another architecture or not there
                 for all ranks.
+            ConfigError: --init-from has no weights.
             ConversionError: Hugging Face weights that do not fit.
         """
-        reader = self._load_first_intact()
+        found = start_candidates(self.config)
+        reader = self._load_first_intact(found)
+        if reader is not None and found.weights_alone:
+            return f"starting from the weights of {reader.path}"
         if reader is not None:
             return f"going on from {reader.path} at step {self.position.step}"
         if self.config.init_from is not None:
@@ -206,16 +210,16 @@ class RunState:
                 if assets is not None and Path(assets).is_dir() and Path(assets).resolve() != own:
                     copy_assets(Path(assets), own)
 
-    def _load_first_intact(self) -> CheckpointReader | None:
+    def _load_first_intact(self, candidates: StartCandidates) -> CheckpointReader | None:
         """Load the newest checkpoint that no rank finds damaged; None if there is no checkpoint."""
-        paths = self._agree_on_candidates()
+        paths = self._agree_on(candidates)
         newest: CheckpointError | None = None
         for path in paths:
             reader: CheckpointReader | None = None
             own: CheckpointError | None = None
             try:
                 reader = open_compatible(path, self.config)
-                self._load(reader)
+                self._load(reader, candidates.weights_alone)
             except CheckpointError as error:
                 own = error
             errors = all_gather_objects(own, self.ctx.world)
@@ -224,7 +228,7 @@ class RunState:
                 if not isinstance(other, DamagedCheckpointError):
                     raise other
             if reader is not None and not found:
-                self._take_over(reader)
+                self._take_over(reader, candidates.weights_alone)
                 return reader
             newest = newest or found[0]
             self._damaged.append(path.name)
@@ -234,26 +238,25 @@ class RunState:
             raise newest
         return None
 
-    def _agree_on_candidates(self) -> list[Path]:
+    def _agree_on(self, candidates: StartCandidates) -> list[Path]:
         """Ranks that start from different steps would train a mixture of two models."""
-        paths, problem = start_candidates(self.config)
-        if problem is not None:
-            self._warn(problem)
-        seen = all_gather_objects([str(path) for path in paths], self.ctx.world)
+        if candidates.problem is not None:
+            self._warn(candidates.problem)
+        seen = all_gather_objects([str(path) for path in candidates.paths], self.ctx.world)
         for rank, others in enumerate(seen):
             if others[:1] != seen[0][:1]:
                 raise CheckpointError(
                     f"rank 0 would start from {(*seen[0], 'no checkpoint')[0]}, rank {rank} from "
-                    f"{(*others, 'none')[0]}: --save and --load must be folders that all machines "
-                    "share"
+                    f"{(*others, 'none')[0]}: --save, --load and --init-from must be folders that "
+                    "all machines share"
                 )
-        return [path for path in paths if all(str(path) in others for others in seen)]
+        return [path for path in candidates.paths if all(str(path) in others for others in seen)]
 
     def _warn(self, sentence: str) -> None:
         if self.ctx.world.rank == 0:
             _LOG.warning("%s", sentence)
 
-    def _load(self, reader: CheckpointReader) -> None:
+    def _load(self, reader: CheckpointReader, weights_alone: bool) -> None:
         """Fill tensors, and nothing else: another rank may find its part damaged, and then the next
         checkpoint must be able to fill all of them again.
         """
@@ -261,22 +264,23 @@ class RunState:
             reader.check_assets()
         remainder = self.config.precision.master_weights == "remainder"
         load_parameters(reader, saved_parameters(self.parameters), remainder=remainder)
-        dropped = self.modules.load(reader)
-        if dropped is not None:
-            self._warn(dropped)
-        if reader.sections.get("train_state") is not None:
-            load_state(reader, self.optimizer.state_tensors())
-            return
-        # Weights alone, as converters import writes them.
+        if not weights_alone:
+            dropped = self.modules.load(reader)
+            if dropped is not None:
+                self._warn(dropped)
+            if reader.sections.get("train_state") is not None:
+                load_state(reader, self.optimizer.state_tensors())
+                return
+        # Also where there is nothing else: converters import writes weights alone.
         for state in self.optimizer.state_tensors():
             state.tensor.zero_()
 
-    def _take_over(self, reader: CheckpointReader) -> None:
+    def _take_over(self, reader: CheckpointReader, weights_alone: bool) -> None:
         """What a loaded checkpoint says beside its tensors."""
         self.source = reader.sections.get("source") or {}
         assets = reader.path / ASSETS_NAME
         self._loaded_assets = assets if assets.is_dir() else None
-        state = reader.sections.get("train_state")
+        state = None if weights_alone else reader.sections.get("train_state")
         if state is None:
             self.optimizer.adamw.refresh_master_from_parameters()
             return

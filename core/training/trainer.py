@@ -171,8 +171,8 @@ class Trainer:
                     f"the checkpoint in --load {self.config.load} is of step {position.step}, from "
                     "which this run goes on, but it is to end at step "
                     f"{train.exit_at_step or train.steps}: raise --train.steps, which counts the "
-                    "steps before; to begin at step 0 with these weights, export them (python -m "
-                    "converters export) and give --init-from"
+                    "steps before; to begin at step 0 with these weights, give --init-from in "
+                    "place of --load"
                 )
             self._reporter.console.say(f"nothing to do: step {position.step} is the last")
             return position.step >= train.steps

@@ -324,7 +324,10 @@ def test_weights_of_another_model(terminal: Terminal) -> None:
     assert sentence.startswith("the model and hf differ in num_layers: 1 and 3; ")
     for name in ("absent", "docs.jsonl", "corpus", "org/name"):
         sentence = terminal.refused(TRAIN, *options, name)
-        assert sentence.startswith(f"--init-from {name} is no folder with a config.json: ")
+        words = f"--init-from {name} is neither a checkpoint nor a folder with a config.json: "
+        assert sentence.startswith(words)
+    sentence = terminal.refused(TRAIN, *options, "native")
+    assert re.search(r"another architecture: num_layers is 3 there and 1 here, ", sentence)
 
 
 # ---- Options of a run ----------------------------------------------------------------------------

@@ -57,6 +57,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     hf = folder / "source"
     hf.mkdir()
+    (hf / "config.json").write_text("{}")
     (hf / "tokenizer.json").write_text('{"a": 1}' * 20)
     config = tiny_run(save=folder / "run", save_interval=2, keep_last=0, init_from=hf)
     assert start(config).fit()

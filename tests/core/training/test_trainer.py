@@ -214,6 +214,7 @@ def test_skips_in_a_row_are_counted_over_a_resume(tmp_path: Path) -> None:
 def test_save_comes_before_load_and_load_before_init_from(tmp_path: Path) -> None:
     hf = tmp_path / "hf"
     hf.mkdir()
+    (hf / "config.json").write_text("{}")
     (hf / "tokenizer.json").write_text("{}")
     config = tiny_run(save=tmp_path / "a", init_from=hf, steps=1)
     trainer = Trainer(TinyTask(), config, ParallelContext.single())
@@ -237,12 +238,77 @@ def test_save_comes_before_load_and_load_before_init_from(tmp_path: Path) -> Non
     assert third.state.position.step == 2
 
 
+def test_init_from_takes_the_weights_of_a_checkpoint_alone(tmp_path: Path) -> None:
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text("{}")
+    (hf / "tokenizer.json").write_text("{}")
+    first = trained(tiny_run(save=tmp_path / "a", init_from=hf, steps=3, save_interval=1))
+    config = tiny_run(save=tmp_path / "b", init_from=tmp_path / "a", steps=2)
+    second = Trainer(TinyTask(), config, ParallelContext.single())
+    assert_equal(weights(second), weights(first))
+    assert second.state.position == Position()
+    for state in second.optimizer.state_tensors():
+        if state.name != "master":
+            assert not state.tensor.any()
+    assert second.fit()
+    # The optimizer and the data begin anew: as from the same weights without a past.
+    weights_alone = tmp_path / "c"
+    save_checkpoint(
+        weights_alone,
+        0,
+        saved_parameters(first.state.parameters),
+        {"config": TinyConfig()},
+        ParallelContext.single(),
+    )
+    other = replace(tiny_run(save=tmp_path / "d", steps=2), load=str(weights_alone))
+    assert_equal(everything(trained(other)), everything(second))
+    # What was remembered of the Hugging Face weights goes on, and so does the run itself.
+    reader = open_checkpoint(tmp_path / "b")
+    assert reader.sections["source"]["config"] == {"architectures": ["Tiny"]}
+    assert (reader.path / ASSETS_NAME / "tokenizer.json").exists()
+    again = Trainer(TinyTask(), config, ParallelContext.single())
+    assert again.state.position.step == 2
+
+
+def test_init_from_passes_over_a_damaged_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tiny_run(save=tmp_path / "a", steps=2, save_interval=1, keep_last=0))
+    (file,) = (tmp_path / "a" / "step_00000002").glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    config = tiny_run(init_from=tmp_path / "a")
+    trainer = Trainer(TinyTask(), config, ParallelContext.single())
+    assert f"passing over step_00000002: {file} is damaged" in caplog.text
+    loaded = replace(tiny_run(), load=str(tmp_path / "a" / "step_00000001"))
+    expected = Trainer(TinyTask(), loaded, ParallelContext.single())
+    assert_equal(weights(trainer), weights(expected))
+    named = tiny_run(init_from=tmp_path / "a" / "step_00000002")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        Trainer(TinyTask(), named, ParallelContext.single())
+
+
+def _start_rank(config: RunConfig[TinyConfig]) -> dict[str, Tensor]:
+    ctx = ParallelContext.create(config.parallel, torch.device("cpu"))
+    return weights(Trainer(TinyTask(), config, ctx))
+
+
+def test_init_from_at_another_layout(tmp_path: Path, pool: WorkerPool) -> None:
+    pool.run(_train_rank, 2, tiny_run(save=tmp_path / "a", dp=2, steps=2))
+    single = Trainer(TinyTask(), tiny_run(init_from=tmp_path / "a"), ParallelContext.single())
+    for rank in pool.run(_start_rank, 2, tiny_run(init_from=tmp_path / "a", dp=2)):
+        assert_equal(rank, weights(single))
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
     config = tiny_run(save=tmp_path, steps=1)
     trained(config)
     other = replace(config, model=TinyConfig(hidden_size=16))
-    with pytest.raises(CheckpointError, match="hidden_size is 8 there and 16 here"):
-        Trainer(TinyTask(model_config=other.model), other, ParallelContext.single())
+    for config in (other, replace(other, save=None, init_from=str(tmp_path))):
+        with pytest.raises(CheckpointError, match="hidden_size is 8 there and 16 here"):
+            Trainer(TinyTask(model_config=other.model), config, ParallelContext.single())
 
 
 def test_a_finished_run_has_nothing_to_do(
