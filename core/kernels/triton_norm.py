@@ -45,10 +45,15 @@ class Launch:
 
 
 LAUNCH = Launch()
-_ELEMENTS = 16
+_ELEMENTS = 32
 """For each thread of the forward pass."""
 _COLUMNS, _PROGRAMS_AT_A_TIME = 32, 256
 """Of the sum over programs: one line of fp32 numbers from each."""
+
+
+@jit
+def _add_pairs(a: tl.tensor, b: tl.tensor, more_a: tl.tensor, more_b: tl.tensor) -> Any:
+    return a + more_a, b + more_b
 
 
 @jit
@@ -67,10 +72,14 @@ def _forward(
     WIDTH: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """One program: the heads of one token. Without a bias it is RMS norm. Behind the statistics of
-    all tokens come their largest magnitudes.
+    all tokens come their largest magnitudes. If it is launched EARLY, what comes before it on the
+    stream may still run.
     """
+    if EARLY:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEAD_BLOCK)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
@@ -86,7 +95,6 @@ def _forward(
         rounded = (x + added).to(form)
         tl.store(total + own, rounded, mask=inside)
         x = rounded.to(tl.float32)
-    scale = tl.load(weight + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
     ours = (row * HEADS + head) * (1 if bias is None else 2)
     if bias is not None:
         mean = tl.sum(x, 1, keep_dims=True) / WIDTH
@@ -95,6 +103,8 @@ def _forward(
         x = tl.where(inside, x - mean, 0.0)
     root = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / WIDTH + EPS)
     tl.store(statistics + ours, root, mask=head < HEADS)
+    # Not before: it would hold registers, and so keep other tokens out, while the sums are awaited.
+    scale = tl.load(weight + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
     if bias is None:
         y = (x * root).to(form).to(tl.float32) * scale
     else:
@@ -124,10 +134,13 @@ def _backward(
     ROW_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """One program: TOKENS at a time, of which each has HEADS rows, and for each parameter one row
-    of partial sums: weight, bias (CENTRED), bias of the branch (EXTRA).
+    of partial sums: weight, bias (CENTRED), bias of the branch (EXTRA). EARLY as in `_forward`.
     """
+    if EARLY:
+        gdc_wait()
     row = tl.arange(0, ROW_BLOCK)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
     columns = lane < WIDTH
@@ -153,11 +166,13 @@ def _backward(
         dweight += dy * unit
         grad = dy * scale
         # Beyond the width `grad` is zero, and `unit` is not looked at.
-        along = tl.sum(grad * unit, 1, keep_dims=True) * (root / WIDTH)
         if CENTRED:
-            across = tl.sum(grad, 1, keep_dims=True) * (root / WIDTH)
-            grad = grad * root - (unit * along + across)
+            # Both at once: what a sum costs is that the warps wait for each other.
+            along, across = tl.reduce((grad * unit, grad), 1, _add_pairs, keep_dims=True)
+            share = root / WIDTH
+            grad = grad * root - (unit * (along * share) + across * share)
         else:
+            along = tl.sum(grad * unit, 1, keep_dims=True) * (root / WIDTH)
             grad = grad * root - unit * along
         if dtotal is not None:
             grad += tl.load(dtotal + own, mask=inside, other=0.0).to(tl.float32)
@@ -184,8 +199,8 @@ def _sum_programs(
     ROWS: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    """One program: COLUMNS of all rows of `[programs, width]`, ROWS at a time, in a fixed order. If
-    it is launched EARLY, the kernel that writes them may still run.
+    """One program: COLUMNS of all rows of `[programs, width]`, ROWS at a time, in a fixed order.
+    EARLY as in `_forward`.
     """
     if EARLY:
         gdc_wait()
@@ -215,14 +230,19 @@ def _stages(x: Tensor, block: int, stages: int) -> int:
 
 @functools.cache
 def _early(device: torch.device) -> bool:
-    """Whether a kernel can be launched while the one before it ends (programmatic dependent launch
-    of Hopper and later).
+    """Whether a kernel can be launched while the one before it ends, to wait there for its memory
+    (programmatic dependent launch of Hopper and later): about a microsecond less between the two.
     """
     return (
         device.type == "cuda"
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= (9, 0)
     )
+
+
+def _early_options(early: bool) -> dict[str, bool]:
+    """An option that only some devices know."""
+    return {"launch_pdl": True} if early else {}
 
 
 def forward(
@@ -253,6 +273,7 @@ def forward(
     count = rows.tokens * rows.heads * kinds
     numbers = torch.empty(count + rows.tokens, dtype=torch.float32, device=hidden.device)
     heads, width = triton.next_power_of_2(rows.heads), triton.next_power_of_2(rows.width)
+    early = _early(hidden.device)
     if rows.tokens:
         _forward[rows.tokens,](
             hidden,
@@ -269,7 +290,9 @@ def forward(
             rows.width,
             heads,
             width,
+            early,
             num_warps=_warps(heads * width, _ELEMENTS),
+            **_early_options(early),
         )
         remember(normed, numbers[count:].view(-1, 1))
     statistics = numbers[:count].view(rows.tokens, rows.heads, kinds)
@@ -299,6 +322,7 @@ def backward(
         return dx, weight.new_zeros(kinds, rows.width)
     tokens = max(launch.block // (rows.heads * width), 1)
     programs = min(triton.cdiv(rows.tokens, tokens), launch.programs)
+    early = _early(x.device)
     row_block = triton.next_power_of_2(tokens * rows.heads)
     sums = torch.empty((programs, kinds, rows.width), dtype=torch.float32, device=x.device)
     _backward[programs,](
@@ -319,9 +343,11 @@ def backward(
         row_block,
         width,
         _stages(x, row_block * width, launch.stages),
+        early,
         num_warps=_warps(row_block * width, launch.elements),
+        **_early_options(early),
     )
-    columns, early = kinds * rows.width, _early(x.device)
+    columns = kinds * rows.width
     out = torch.empty((kinds, rows.width), dtype=weight.dtype, device=x.device)
     _sum_programs[triton.cdiv(columns, _COLUMNS),](
         sums,
@@ -332,6 +358,6 @@ def backward(
         _PROGRAMS_AT_A_TIME,
         early,
         num_warps=8,
-        **({"launch_pdl": True} if early else {}),
+        **_early_options(early),
     )
     return dx, out

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 def _norm_sizes(heads: int, width: int) -> dict[str, int]:
     block = 1 << (heads - 1).bit_length(), 1 << (width - 1).bit_length()
-    sizes = {"STRIDE": heads * width, "HEADS": heads, "WIDTH": width}
+    sizes = {"STRIDE": heads * width, "HEADS": heads, "WIDTH": width, "EARLY": True}
     return {**sizes, "HEAD_BLOCK": block[0], "BLOCK": block[1]}
 
 
