@@ -228,6 +228,14 @@ def elementwise_cases(s: Shapes) -> Iterator[Case]:
         s,
         (6.0 * s.t * s.f, 10.0 * s.t * s.f),
     )
+    yield from differentiable(
+        "bias + GELU",
+        with_rest(elementwise.biased_activation, "gelu_tanh"),
+        underneath(elementwise.plain_biased_activation, "gelu_tanh"),
+        lambda seed, t: [random(s, t, s.f, seed=seed), random(s, s.f, seed=99)],
+        s,
+        (4.0 * s.t * s.f, 6.0 * s.t * s.f),
+    )
     yield from differentiable("rotary", *rotary_functions(s))
 
 
@@ -390,12 +398,14 @@ def _update_case(s: Shapes, name: str, per_element: float, remainder: bool, narr
 
 NORM_LAUNCHES = ((132, 8192, 32, 3), (132, 4096, 16, 4), (132, 4096, 16, 5), (264, 4096, 16, 3))
 """Programs, elements at a time and for each thread, tokens under way."""
+ACTIVATION_LAUNCHES = ((16, 1024, 4, 3), (128, 1024, 4, 3), (32, 1024, 4, 3), (16, 512, 2, 3))
+"""Tokens and columns of a program, warps, tokens under way."""
 ROTARY_LAUNCHES = ((32, 4), (32, 8), (16, 4), (16, 2))
 """Heads at a time, warps."""
 
 
 def variant_cases(s: Shapes) -> Iterator[tuple[str, Case]]:
-    """Other ways to launch some kernels: what for, and how. The defaults come first."""
+    """Ways to launch some kernels, the defaults among them: what for, and how."""
     from core.kernels import triton_elementwise, triton_norm
 
     def norm(launch: triton_norm.Launch, centred: bool, passing: bool, seed: int) -> Any:
@@ -405,6 +415,13 @@ def variant_cases(s: Shapes) -> Iterator[tuple[str, Case]]:
         statistics = triton_norm.forward(x, None, None, weight, bias, 1e-5)[2]
         given = x, weight, statistics, dnormed, dtotal if passing else None, centred and passing
         return functools.partial(triton_norm.backward, *given, launch)
+
+    def gelu(launch: triton_elementwise.ActivationLaunch, back: bool, seed: int) -> Any:
+        x, dy, bias = random(s, s.t, s.f, seed=seed), random(s, s.t, s.f), random(s, s.f)
+        if back:
+            call = triton_elementwise.activation_backward
+            return lambda: call(x, bias, dy, "gelu_tanh", False, launch)
+        return lambda: triton_elementwise.activation_forward(x, bias, "gelu_tanh", False, launch)
 
     def turn(launch: triton_elementwise.RotaryLaunch, back: bool, seed: int) -> Any:
         q, k = queries_and_keys(s, seed, s.t)
@@ -423,10 +440,15 @@ def variant_cases(s: Shapes) -> Iterator[tuple[str, Case]]:
             prepare = functools.partial(norm, triton_norm.Launch(*cut), centred, passing)
             moved = (8.0 if passing else 6.0) * s.t * s.h
             yield f"{title} backward", Case(name, moved, prepare, lambda: 0.0)
-    for direction in ("forward", "backward"):
+    for direction, back in (("forward", False), ("backward", True)):
+        for cut in ACTIVATION_LAUNCHES:
+            name = "{} tokens, {} columns, {} warps, {} stages".format(*cut)
+            prepare = functools.partial(gelu, triton_elementwise.ActivationLaunch(*cut), back)
+            moved = (6.0 if back else 4.0) * s.t * s.f
+            yield f"bias + GELU {direction}", Case(name, moved, prepare, lambda: 0.0)
         for heads, warps in ROTARY_LAUNCHES:
             launch = triton_elementwise.RotaryLaunch(heads, warps)
-            prepare = functools.partial(turn, launch, direction == "backward")
+            prepare = functools.partial(turn, launch, back)
             name = f"{heads} heads, {warps} warps"
             yield f"rotary {direction}", Case(name, rotary_bytes(s), prepare, lambda: 0.0)
 
@@ -443,7 +465,7 @@ def compare_variants(s: Shapes, rate: float, cuda: bool) -> int:
             broken += 1
             print(f"{title}, {case.name}: FAILED")
             traceback.print_exc(file=sys.stdout)
-    print("\nvariants, of the copy rate; the first of each is the default")
+    print("\nvariants, of the copy rate")
     for title, found in lines.items():
         for share, name in found:
             print(f"{title:34}{name:44}{share:6.3f}{'  best' if share == max(found)[0] else ''}")

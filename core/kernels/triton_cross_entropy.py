@@ -4,15 +4,12 @@ Milakov & Gimelshein, 2018), and the gradient in one read and one write.
 Imported on CUDA only. Legend: t tokens, v local vocabulary.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-jit: Callable[[Callable[..., Any]], Any] = triton.jit
+from core.kernels.triton_launch import jit
 
 _READ, _READ_WARPS = 2048, 8
 _WRITTEN, _WRITTEN_WARPS = 1024, 4

@@ -4,9 +4,8 @@ Imported on CUDA only; the tests run these kernels on a CPU under Triton's inter
 tokens, f MLP width, n heads, d head size.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -15,21 +14,18 @@ from torch import Tensor
 
 from core.kernels.maxima import remember
 from core.kernels.token_rows import token_rows
+from core.kernels.triton_launch import jit
+from core.kernels.triton_reduction import sum_rows
 
 if TYPE_CHECKING:
     from core.kernels.elementwise import Activation
 
-jit: Callable[[Callable[..., Any]], Any] = triton.jit
-
-_GATED_BLOCK = 1024
-"""Eight 16-bit elements for each of the 128 threads of four warps: one wide load."""
-
 
 @jit
-def largest_bits(x: tl.tensor, inside: tl.tensor) -> tl.tensor:
-    """The largest magnitude as the bits of an fp32 number, in whose order NaN is the largest."""
+def magnitude_bits(x: tl.tensor, inside: tl.tensor) -> tl.tensor:
+    """Magnitudes as the bits of fp32 numbers, in whose order NaN is the largest; zero outside."""
     bits = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.max(tl.where(inside, bits, 0))
+    return tl.where(inside, bits, 0)
 
 
 @jit
@@ -58,98 +54,216 @@ def _activation(gate: tl.tensor, KIND: tl.constexpr) -> tuple[tl.tensor, tl.tens
 
 
 @jit
-def _gated_forward(
+def _activate(
     x: tl.tensor,
+    bias: tl.tensor,
     y: tl.tensor,
     maxima: tl.tensor,
+    tokens: tl.tensor,
     width: tl.tensor,
+    GATED: tl.constexpr,
     KIND: tl.constexpr,
+    TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
-    """One program: BLOCK columns of one token."""
-    row = tl.program_id(0).to(tl.int64)
+    """One program: BLOCK columns of TOKENS tokens."""
+    start = tl.program_id(0).to(tl.int64) * TOKENS
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    at = row * 2 * width + column
-    gate = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x + at + width, mask=inside, other=0.0).to(tl.float32)
-    value, _ = _activation(gate, KIND)
-    out = (value * up).to(y.dtype.element_ty)
-    tl.store(y + row * width + column, out, mask=inside)
-    tl.store(maxima + row * tl.num_programs(1) + tl.program_id(1), largest_bits(out, inside))
+    shift, up_shift = 0.0, 0.0
+    if bias is not None:
+        shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            up_shift = tl.load(bias + width + column, mask=inside, other=0.0).to(tl.float32)
+    largest = tl.zeros((BLOCK,), tl.int32)
+    for row in tl.range(start, tl.minimum(start + TOKENS, tokens), num_stages=STAGES):
+        at = row * (1 + GATED) * width + column
+        gate = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + shift
+        value, _ = _activation(gate, KIND)
+        if GATED:
+            value *= tl.load(x + at + width, mask=inside, other=0.0).to(tl.float32) + up_shift
+        out = value.to(y.dtype.element_ty)
+        tl.store(y + row * width + column, out, mask=inside)
+        largest = tl.maximum(largest, magnitude_bits(out, inside))
+    tl.store(maxima + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(largest))
 
 
 @jit
-def _gated_backward(
+def _activate_back(
     x: tl.tensor,
+    bias: tl.tensor,
     dy: tl.tensor,
     dx: tl.tensor,
+    sums: tl.tensor,
     maxima: tl.tensor,
+    tokens: tl.tensor,
     width: tl.tensor,
+    GATED: tl.constexpr,
     KIND: tl.constexpr,
+    TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
-    """One program: BLOCK columns of one token."""
-    row = tl.program_id(0).to(tl.int64)
+    """One program: BLOCK columns of TOKENS tokens, and with a bias their sum over those."""
+    start = tl.program_id(0).to(tl.int64) * TOKENS
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    at = row * 2 * width + column
-    gate = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x + at + width, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(dy + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    value, slope = _activation(gate, KIND)
-    first = (grad * up * slope).to(dx.dtype.element_ty)
-    second = (grad * value).to(dx.dtype.element_ty)
-    tl.store(dx + at, first, mask=inside)
-    tl.store(dx + at + width, second, mask=inside)
-    largest = tl.maximum(largest_bits(first, inside), largest_bits(second, inside))
-    tl.store(maxima + row * tl.num_programs(1) + tl.program_id(1), largest)
+    form = dx.dtype.element_ty
+    shift, up_shift = 0.0, 0.0
+    if bias is not None:
+        shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            up_shift = tl.load(bias + width + column, mask=inside, other=0.0).to(tl.float32)
+    total, up_total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    largest = tl.zeros((BLOCK,), tl.int32)
+    for row in tl.range(start, tl.minimum(start + TOKENS, tokens), num_stages=STAGES):
+        at = row * (1 + GATED) * width + column
+        gate = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + shift
+        grad = tl.load(dy + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        value, slope = _activation(gate, KIND)
+        if GATED:
+            up = tl.load(x + at + width, mask=inside, other=0.0).to(tl.float32) + up_shift
+            second = grad * value
+            grad *= up
+            up_total += second
+            rounded = second.to(form)
+            tl.store(dx + at + width, rounded, mask=inside)
+            largest = tl.maximum(largest, magnitude_bits(rounded, inside))
+        first = grad * slope
+        total += first
+        rounded = first.to(form)
+        tl.store(dx + at, rounded, mask=inside)
+        largest = tl.maximum(largest, magnitude_bits(rounded, inside))
+    if bias is not None:
+        out = sums + tl.program_id(0).to(tl.int64) * (1 + GATED) * width + column
+        tl.store(out, total, mask=inside)
+        if GATED:
+            tl.store(out + width, up_total, mask=inside)
+    tl.store(maxima + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(largest))
 
 
-def gated_forward(x: Tensor, kind: "Activation") -> Tensor:
-    """`act(gate) * up` of `[gate | up]`; fp32 arithmetic. Its maxima are remembered.
+@dataclass(frozen=True)
+class ActivationLaunch:
+    """How an activation with a bias is cut. The bias's gradient depends on `tokens`, so they depend
+    on the shape alone and are the same everywhere.
+    """
+
+    tokens: int = 128
+    """Of one program, at most, one after the other. It reads the bias once, and in the backward
+    pass writes a row of partial sums."""
+    block: int = 1024
+    """Columns of one program: eight 16-bit elements for each thread are one wide load."""
+    warps: int = 4
+    stages: int = 3
+    """Tokens under way."""
+
+    def tokens_of(self, y: Tensor) -> int:
+        """Tokens of one program: fewer where a device's processors would have too few programs."""
+        blocks = y.shape[0] * triton.cdiv(y.shape[1], self.block)
+        return min(self.tokens, triton.next_power_of_2(triton.cdiv(blocks, _PROGRAMS)))
+
+
+_PROGRAMS = 1024
+"""Some for each processor of any device."""
+FORWARD_LAUNCH, BACKWARD_LAUNCH = ActivationLaunch(tokens=16), ActivationLaunch()
+_ONE_TOKEN = ActivationLaunch(tokens=1, stages=1)
+"""Without a bias."""
+
+
+def activation_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    kind: "Activation",
+    gated: bool,
+    launch: ActivationLaunch = FORWARD_LAUNCH,
+) -> Tensor:
+    """`act(x + bias)`, or `act(gate) * up` of `[gate | up] + bias`; fp32 arithmetic. Its maxima are
+    remembered.
 
     Args:
-        x: `[t, 2f]`, gate first, of at most 32 bits.
+        x: `[t, f]`, or `[t, 2f]` where gated, gate first, of at most 32 bits.
+        bias: of its width.
         kind: the activation.
+        gated: whether `x` holds both.
+        launch: how it is cut where there is a bias.
 
     Returns:
         `[t, f]` in the format of `x`.
     """
     x = x.contiguous()
-    tokens, width = x.shape[0], x.shape[1] // 2
+    tokens, width = x.shape[0], x.shape[1] // (1 + gated)
     y = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
-    if y.numel():
-        grid, maxima = _grid(y)
-        _gated_forward[grid](x, y, maxima, width, kind, _GATED_BLOCK)
-        remember(y, maxima.view(torch.float32))
+    if not y.numel():
+        return y
+    launch = _ONE_TOKEN if bias is None else launch
+    grid, maxima = _grid(y, launch)
+    _activate[grid](
+        x,
+        bias,
+        y,
+        maxima,
+        tokens,
+        width,
+        gated,
+        kind,
+        launch.tokens_of(y),
+        launch.block,
+        launch.stages,
+        num_warps=launch.warps,
+    )
+    remember(y, maxima.view(torch.float32))
     return y
 
 
-def gated_backward(x: Tensor, dy: Tensor, kind: "Activation") -> Tensor:
-    """Gradient of `act(gate) * up` by `[gate | up]`, in one pass; fp32 arithmetic. Its maxima are
-    remembered.
+def activation_backward(
+    x: Tensor,
+    bias: Tensor | None,
+    dy: Tensor,
+    kind: "Activation",
+    gated: bool,
+    launch: ActivationLaunch = BACKWARD_LAUNCH,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `activation_forward` by `x` and `bias`, in one pass; fp32 arithmetic. The maxima
+    of the first are remembered; the second is summed in fp32 and in a fixed order.
 
     Args:
-        x: `[t, 2f]`, gate first, of at most 32 bits.
+        x: as given to the forward pass.
+        bias: likewise.
         dy: `[t, f]`.
         kind: the activation.
-
-    Returns:
-        `[t, 2f]` in the format of `x`.
+        gated: whether `x` holds gate and up.
+        launch: how it is cut where there is a bias.
     """
     x, dy = x.contiguous(), dy.contiguous()
     dx = torch.empty_like(x)
-    if dy.numel():
-        grid, maxima = _grid(dy)
-        _gated_backward[grid](x, dy, dx, maxima, dy.shape[1], kind, _GATED_BLOCK)
-        remember(dx, maxima.view(torch.float32))
-    return dx
+    if not dy.numel():
+        return dx, None if bias is None else torch.zeros_like(bias)
+    launch = _ONE_TOKEN if bias is None else launch
+    grid, maxima = _grid(dy, launch)
+    sums = None if bias is None else x.new_empty((grid[0], x.shape[1]), dtype=torch.float32)
+    _activate_back[grid](
+        x,
+        bias,
+        dy,
+        dx,
+        sums,
+        maxima,
+        *dy.shape,
+        gated,
+        kind,
+        launch.tokens_of(dy),
+        launch.block,
+        launch.stages,
+        num_warps=launch.warps,
+    )
+    remember(dx, maxima.view(torch.float32))
+    return dx, None if sums is None or bias is None else sum_rows(sums, bias.dtype)
 
 
-def _grid(y: Tensor) -> tuple[tuple[int, int], Tensor]:
+def _grid(y: Tensor, launch: ActivationLaunch) -> tuple[tuple[int, int], Tensor]:
     """Programs, and where each puts a maximum."""
-    grid = (y.shape[0], triton.cdiv(y.shape[1], _GATED_BLOCK))
+    grid = (triton.cdiv(y.shape[0], launch.tokens_of(y)), triton.cdiv(y.shape[1], launch.block))
     return grid, torch.empty(grid, dtype=torch.int32, device=y.device)
 
 

@@ -2,7 +2,6 @@
 three. Imported on CUDA only.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-jit: Callable[[Callable[..., Any]], Any] = triton.jit
+from core.kernels.triton_launch import jit
 
 _BLOCK = 4096
 """Columns of one program, at most: 16 for each thread of eight warps."""

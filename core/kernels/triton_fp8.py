@@ -5,15 +5,12 @@ Imported on CUDA only; the tests run these kernels on a CPU under Triton's inter
 twins are in `core/kernels/fp8.py`.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-jit: Callable[[Callable[..., Any]], Any] = triton.jit
+from core.kernels.triton_launch import jit
 
 ROWS: tl.constexpr = tl.constexpr(64)
 COLUMNS: tl.constexpr = tl.constexpr(128)

@@ -5,8 +5,6 @@ Imported on CUDA only. Legend: t tokens, n heads that are normed each on its own
 state), h width.
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +16,9 @@ from triton.language.extra.cuda import gdc_wait
 
 from core.kernels.maxima import remember
 from core.kernels.token_rows import token_rows
-from core.kernels.triton_elementwise import largest_bits
-
-jit: Callable[[Callable[..., Any]], Any] = triton.jit
+from core.kernels.triton_elementwise import magnitude_bits
+from core.kernels.triton_launch import early, early_options, jit
+from core.kernels.triton_reduction import sum_rows
 
 MAX_ELEMENTS = 16384
 """What one token has must fit into the registers of one block."""
@@ -47,8 +45,6 @@ class Launch:
 LAUNCH = Launch()
 _ELEMENTS = 32
 """For each thread of the forward pass."""
-_COLUMNS, _PROGRAMS_AT_A_TIME = 32, 256
-"""Of the sum over programs: one line of fp32 numbers from each."""
 
 
 @jit
@@ -112,7 +108,7 @@ def _forward(
     rounded = y.to(form)
     tl.store(normed + own, rounded, mask=inside)
     maxima = statistics + tl.num_programs(0).to(tl.int64) * HEADS * (1 if bias is None else 2)
-    tl.store(maxima + row, largest_bits(rounded, inside).to(tl.float32, bitcast=True))
+    tl.store(maxima + row, tl.max(magnitude_bits(rounded, inside)).to(tl.float32, bitcast=True))
 
 
 @jit
@@ -189,31 +185,6 @@ def _backward(
         tl.store(out + (kinds - 1) * WIDTH, tl.sum(dextra, 0), mask=store)
 
 
-@jit
-def _sum_programs(
-    sums: tl.tensor,
-    out: tl.tensor,
-    programs: tl.tensor,
-    width: tl.tensor,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    EARLY: tl.constexpr,
-) -> None:
-    """One program: COLUMNS of all rows of `[programs, width]`, ROWS at a time, in a fixed order.
-    EARLY as in `_forward`.
-    """
-    if EARLY:
-        gdc_wait()
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(0, programs, ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        inside = (row < programs) & (column < width)
-        total += tl.load(sums + row * width + column, mask=inside, other=0.0)
-    summed = tl.sum(total, 0, keep_dims=True)
-    tl.store(out + column, summed.to(out.dtype.element_ty), mask=column < width)
-
-
 def _warps(block: int, elements: int) -> int:
     """So that each thread has so many elements."""
     return min(max(block // (32 * elements), 1), 32)
@@ -226,23 +197,6 @@ def _stages(x: Tensor, block: int, stages: int) -> int:
     properties: Any = torch.cuda.get_device_properties(x.device)
     room = properties.shared_memory_per_block_optin - 4096
     return min(stages, 1 + room // (3 * block * x.element_size()))
-
-
-@functools.cache
-def _early(device: torch.device) -> bool:
-    """Whether a kernel can be launched while the one before it ends, to wait there for its memory
-    (programmatic dependent launch of Hopper and later): about a microsecond less between the two.
-    """
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
-
-
-def _early_options(early: bool) -> dict[str, bool]:
-    """An option that only some devices know."""
-    return {"launch_pdl": True} if early else {}
 
 
 def forward(
@@ -273,7 +227,6 @@ def forward(
     count = rows.tokens * rows.heads * kinds
     numbers = torch.empty(count + rows.tokens, dtype=torch.float32, device=hidden.device)
     heads, width = triton.next_power_of_2(rows.heads), triton.next_power_of_2(rows.width)
-    early = _early(hidden.device)
     if rows.tokens:
         _forward[rows.tokens,](
             hidden,
@@ -290,9 +243,9 @@ def forward(
             rows.width,
             heads,
             width,
-            early,
+            early(hidden.device),
             num_warps=_warps(heads * width, _ELEMENTS),
-            **_early_options(early),
+            **early_options(hidden.device),
         )
         remember(normed, numbers[count:].view(-1, 1))
     statistics = numbers[:count].view(rows.tokens, rows.heads, kinds)
@@ -322,7 +275,6 @@ def backward(
         return dx, weight.new_zeros(kinds, rows.width)
     tokens = max(launch.block // (rows.heads * width), 1)
     programs = min(triton.cdiv(rows.tokens, tokens), launch.programs)
-    early = _early(x.device)
     row_block = triton.next_power_of_2(tokens * rows.heads)
     sums = torch.empty((programs, kinds, rows.width), dtype=torch.float32, device=x.device)
     _backward[programs,](
@@ -343,21 +295,8 @@ def backward(
         row_block,
         width,
         _stages(x, row_block * width, launch.stages),
-        early,
+        early(x.device),
         num_warps=_warps(row_block * width, launch.elements),
-        **_early_options(early),
+        **early_options(x.device),
     )
-    columns = kinds * rows.width
-    out = torch.empty((kinds, rows.width), dtype=weight.dtype, device=x.device)
-    _sum_programs[triton.cdiv(columns, _COLUMNS),](
-        sums,
-        out,
-        programs,
-        columns,
-        _COLUMNS,
-        _PROGRAMS_AT_A_TIME,
-        early,
-        num_warps=8,
-        **_early_options(early),
-    )
-    return dx, out
+    return dx, sum_rows(sums, weight.dtype)

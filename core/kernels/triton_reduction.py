@@ -1,17 +1,19 @@
-"""A Triton kernel for the gradient norm. Imported on CUDA only."""
+"""Triton kernels that sum, in a fixed order. Imported on CUDA only."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
-jit: Callable[[Callable[..., Any]], Any] = triton.jit
+from core.kernels.triton_launch import early, early_options, jit
 
 _BLOCK, _ROUNDS = 1024, 16
 """Two wide loads of four fp32 elements for each thread of four warps, so many times."""
+_COLUMNS, _ROWS_AT_A_TIME = 32, 256
+"""Of the sum over rows: one line of fp32 numbers from each."""
 
 
 @jit
@@ -41,3 +43,50 @@ def sum_of_squares(parts: Sequence[Tensor]) -> Tensor:
         if part.numel():
             _sum_of_squares[len(out),](part.contiguous(), out, part.numel(), _BLOCK, _ROUNDS)
     return sums.sum()
+
+
+@jit
+def _sum_rows(
+    sums: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
+) -> None:
+    """One program: COLUMNS of all rows, ROWS at a time. If it is launched EARLY, the kernel that
+    writes them may still run.
+    """
+    if EARLY:
+        gdc_wait()
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & (column < width)
+        total += tl.load(sums + row * width + column, mask=inside, other=0.0)
+    summed = tl.sum(total, 0, keep_dims=True)
+    tl.store(out + column, summed.to(out.dtype.element_ty), mask=column < width)
+
+
+def sum_rows(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first dimension, for what the programs of the kernel before have written.
+
+    Args:
+        sums: `[p, ...]`, fp32 and contiguous, p from one to some hundreds.
+        dtype: of the result.
+    """
+    out = torch.empty(sums.shape[1:], dtype=dtype, device=sums.device)
+    _sum_rows[triton.cdiv(out.numel(), _COLUMNS),](
+        sums,
+        out,
+        len(sums),
+        out.numel(),
+        _COLUMNS,
+        _ROWS_AT_A_TIME,
+        early(sums.device),
+        num_warps=8,
+        **early_options(sums.device),
+    )
+    return out

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.kernels.elementwise import _AddNorm, _GatedActivation
+from core.kernels.elementwise import _Activation, _AddNorm
 from core.kernels.fp8 import E4M3, scale_of_whole
 from core.kernels.maxima import maxima_of, remember
 
@@ -109,9 +109,11 @@ def test_kernels_know_the_largest(
         normed = _AddNorm.apply(hidden, branch, None, weight, bias, 1e-5)[1]
         _check(normed, maxima_of(normed.detach().flatten(0, -2).contiguous()))
     # As in an MLP: flattened, and in the backward pass given back its shape.
-    seen: list[Tensor] = []
-    inner = _Seen.apply(x.requires_grad_(), seen)
-    out = _GatedActivation.apply(inner.flatten(0, 1), "silu").view(s, b, width)
-    _check(out, maxima_of(out.detach().flatten(0, -2).contiguous()))
-    out.backward(torch.randn(s, b, width, generator=generator).to(DEVICE, dtype))
-    _check(*seen)
+    for gated, bias in ((True, None), (False, weight), (True, torch.cat((weight, weight)))):
+        seen: list[Tensor] = []
+        leaf = (x if gated else hidden).requires_grad_()
+        inner = _Seen.apply(leaf, seen)
+        out = _Activation.apply(inner.flatten(0, 1), bias, "silu", gated).view(s, b, width)
+        _check(out, maxima_of(out.detach().flatten(0, -2).contiguous()))
+        out.backward(torch.randn(s, b, width, generator=generator).to(DEVICE, dtype))
+        _check(*seen)

@@ -33,11 +33,30 @@ def _rotary_sizes(heads: int, groups: int, size: int, half: int) -> dict[str, in
 
 CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     *(
-        ("triton_elementwise", name, f"{types} *i32 i32".replace("T", dtype), constants)
-        for name, types in (("_gated_forward", "*T *T"), ("_gated_backward", "*T *T *T"))
+        (
+            "triton_elementwise",
+            "_activate",
+            f"T {bias} T *i32 i32 i32".replace("T", f"*{dtype}"),
+            {"GATED": gated, "KIND": kind, "TOKENS": tokens, "BLOCK": 1024, "STAGES": stages},
+        )
         for dtype in ("bf16", "fp32")
         for kind in ("silu", "gelu", "gelu_tanh", "relu")
-        for constants in [{"KIND": kind, "BLOCK": 1024}]
+        for gated, bias, tokens, stages in ((True, "None", 1, 1), (False, "T", 128, 3))
+    ),
+    *(
+        (
+            "triton_elementwise",
+            "_activate_back",
+            f"T {bias} T T {sums} *i32 i32 i32".replace("T", f"*{dtype}"),
+            {"GATED": gated, "KIND": kind, "TOKENS": tokens, "BLOCK": 1024, "STAGES": stages},
+        )
+        for dtype in ("bf16", "fp32")
+        for kind in ("silu", "gelu", "gelu_tanh", "relu")
+        for gated, bias, sums, tokens, stages in (
+            (True, "None", "None", 1, 1),
+            (True, "T", "*fp32", 128, 3),
+            (False, "T", "*fp32", 128, 3),
+        )
     ),
     *(
         ("triton_cross_entropy", "_row_statistics", "*bf16 *fp32 i32 i32", constants)
@@ -76,8 +95,8 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         for sizes in (_norm_backward_sizes(1, 4096), _norm_backward_sizes(12, 64))
     ),
     (
-        "triton_norm",
-        "_sum_programs",
+        "triton_reduction",
+        "_sum_rows",
         "*fp32 *bf16 i32 i32",
         {"COLUMNS": 32, "ROWS": 256, "EARLY": True},
     ),

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from core.kernels.elementwise import (
     Activation,
-    _GatedActivation,
+    _Activation,
     _Rotary,
+    plain_biased_activation,
     plain_gated_activation,
     plain_rotary,
 )
@@ -30,44 +31,71 @@ def _error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
 
 
+def _plain(x: Tensor, bias: Tensor | None, kind: Activation, gated: bool) -> Tensor:
+    return (plain_gated_activation if gated else plain_biased_activation)(x, bias, kind)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", get_args(Activation))
-@pytest.mark.parametrize(("tokens", "width"), [(3, 1030), (5, 8), (1, 7)])
-def test_gated_activation(kind: Activation, dtype: torch.dtype, tokens: int, width: int) -> None:
-    x, dy = _random(tokens, 2 * width).to(dtype), _random(tokens, width, seed=1).to(dtype)
-    leaf = x.clone().requires_grad_()
-    out = _GatedActivation.apply(leaf, kind)
-    (grad,) = torch.autograd.grad(out, leaf, dy)
-    assert out.dtype == grad.dtype == dtype
-    exact = x.double().requires_grad_()
-    expected = plain_gated_activation(exact, None, kind)
-    (expected_grad,) = torch.autograd.grad(expected, exact, dy.double())
-    assert _error(out.detach(), expected.detach()) < DTYPES[dtype]
-    assert _error(grad, expected_grad) < DTYPES[dtype]
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("tokens", "width"), [(3, 1030), (260, 8), (1, 7)])
+def test_activation(
+    tokens: int, width: int, biased: bool, gated: bool, kind: Activation, dtype: torch.dtype
+) -> None:
+    x = _random(tokens, (1 + gated) * width).to(dtype)
+    dy = _random(tokens, width, seed=1).to(dtype)
+    inputs = [x, _random(x.shape[1], seed=2).to(dtype)] if biased else [x]
+    leaves = [y.clone().requires_grad_() for y in inputs]
+    out = _Activation.apply(leaves[0], leaves[1] if biased else None, kind, gated)
+    grads = torch.autograd.grad(out, leaves, dy)
+    exact = [y.double().requires_grad_() for y in inputs]
+    expected = _plain(exact[0], exact[1] if biased else None, kind, gated)
+    expected_grads = torch.autograd.grad(expected, exact, dy.double())
+    for found, wanted in zip((out, *grads), (expected, *expected_grads), strict=True):
+        assert found.dtype == dtype
+        assert _error(found.detach(), wanted.detach()) < DTYPES[dtype]
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 7, 64])
+def test_activation_cut_in_other_ways(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from core.kernels import triton_elementwise
+    from core.kernels.triton_elementwise import ActivationLaunch, activation_backward
+
+    monkeypatch.setattr(triton_elementwise, "_PROGRAMS", 1)
+    x, bias, dy = _random(7, 80), _random(80, seed=1), _random(7, 40, seed=2)
+    launch = ActivationLaunch(tokens=tokens, block=32, warps=1, stages=1)
+    assert launch.tokens_of(dy) == min(tokens, 16)
+    found = activation_backward(x, bias, dy, "gelu", True, launch)
+    leaves = x.requires_grad_(), bias.requires_grad_()
+    out = plain_gated_activation(*leaves, "gelu")
+    torch.testing.assert_close(found, torch.autograd.grad(out, leaves, dy))
 
 
 @pytest.mark.parametrize("kind", get_args(Activation))
-def test_gated_activation_far_from_zero(kind: Activation) -> None:
+def test_activation_far_from_zero(kind: Activation) -> None:
     """Where exp overflows, the slope is 0 or 1 and not NaN; at 0 relu's is torch's."""
     gate = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]], device=DEVICE)
-    leaf = torch.cat((gate, torch.ones_like(gate)), 1).requires_grad_()
-    _GatedActivation.apply(leaf, kind).sum().backward()
-    assert leaf.grad is not None
-    exact = leaf.detach().double().requires_grad_()
-    plain_gated_activation(exact, None, kind).sum().backward()
-    assert exact.grad is not None
-    torch.testing.assert_close(leaf.grad.double(), exact.grad)
+    for gated, x in ((False, gate), (True, torch.cat((gate, torch.ones_like(gate)), 1))):
+        leaf = x.clone().requires_grad_()
+        _Activation.apply(leaf, None, kind, gated).sum().backward()
+        assert leaf.grad is not None
+        exact = leaf.detach().double().requires_grad_()
+        _plain(exact, None, kind, gated).sum().backward()
+        assert exact.grad is not None
+        torch.testing.assert_close(leaf.grad.double(), exact.grad)
 
 
-def test_gated_activation_of_other_layouts() -> None:
+def test_activation_of_other_layouts() -> None:
     """A gradient that is expanded or transposed, and no tokens at all."""
-    leaf = _random(4, 12).requires_grad_()
+    leaf, bias = _random(4, 12).requires_grad_(), _random(12, seed=1).requires_grad_()
     for weight in (torch.ones(1, 1, device=DEVICE).expand(4, 6), _random(6, 4).t()):
-        (grad,) = torch.autograd.grad(_GatedActivation.apply(leaf, "silu"), leaf, weight)
-        (expected,) = torch.autograd.grad(plain_gated_activation(leaf, None, "silu"), leaf, weight)
-        torch.testing.assert_close(grad, expected)
-    (grad,) = torch.autograd.grad(_GatedActivation.apply(leaf[:0], "silu").sum(), leaf)
-    assert not grad.any()
+        out = _Activation.apply(leaf, bias, "silu", True)
+        grads = torch.autograd.grad(out, (leaf, bias), weight)
+        out = plain_gated_activation(leaf, bias, "silu")
+        torch.testing.assert_close(grads, torch.autograd.grad(out, (leaf, bias), weight))
+    out = _Activation.apply(leaf[:0], bias, "silu", True)
+    assert not any(x.any() for x in torch.autograd.grad(out.sum(), (leaf, bias)))
 
 
 def _turned(fn: Any, qkv: Tensor, counts: tuple[int, int], tables: tuple[Tensor, ...]) -> Any:

@@ -89,7 +89,7 @@ def test_against_the_plain_function(used: str, added: str, bias: bool, dtype: to
 def test_more_tokens_than_programs(
     changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from core.kernels import triton_norm
+    from core.kernels import triton_norm, triton_reduction
 
     arguments = _arguments((11, 1, 24))
     weights: list[Tensor | None] = [_random(11, 1, 24, seed=8 + i) for i in range(2)]
@@ -98,8 +98,8 @@ def test_more_tokens_than_programs(
     default = triton_norm.backward
     monkeypatch.setattr(triton_norm, "backward", partial(default, launch=launch))
     # Sums of a few programs and a few columns, with a rest of each.
-    monkeypatch.setattr(triton_norm, "_PROGRAMS_AT_A_TIME", 8)
-    monkeypatch.setattr(triton_norm, "_COLUMNS", 16)
+    monkeypatch.setattr(triton_reduction, "_ROWS_AT_A_TIME", 8)
+    monkeypatch.setattr(triton_reduction, "_COLUMNS", 16)
     found = _run(_AddNorm.apply, arguments, weights)
     for a, b in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

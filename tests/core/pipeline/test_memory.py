@@ -66,7 +66,7 @@ COMPILED = (
     (core.kernels.elementwise, "plain_rotary"),
     (core.kernels.elementwise, "plain_gated_activation"),
     (core.kernels.elementwise, "add_bias"),
-    (core.layers.mlp, "biased_activation"),
+    (core.kernels.elementwise, "plain_biased_activation"),
     (core.layers.dropout, "add_bias"),
 )
 
