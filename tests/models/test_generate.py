@@ -1,6 +1,7 @@
 """Generation against `transformers`, at several tp, from Hugging Face folders and checkpoints."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,12 +152,13 @@ def test_the_command_starts_its_own_processes(folder: Path) -> None:
 
 
 def test_ends_of_tokenizer_and_generation_config(folder: Path, tmp_path: Path) -> None:
-    opened, tokenizer = open_model(folder), load_tokenizer(str(folder))
-    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    own = shutil.copytree(folder, tmp_path / "own")
+    opened, tokenizer = open_model(own), load_tokenizer(str(own))
+    (own / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     assert end_tokens(opened, tokenizer) == {2, 7, 9}
-    (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
+    (own / "generation_config.json").write_text('{"eos_token_id": 7}')
     assert end_tokens(opened, tokenizer) == {2, 7}
-    (folder / "generation_config.json").unlink()
+    (own / "generation_config.json").unlink()
     assert end_tokens(opened, tokenizer) == {2}
     # As transformers does, from config.json alone if there is nothing else.
     named = dataclasses.replace(opened, hf_config={"eos_token_id": [5, 6]})
@@ -166,7 +168,9 @@ def test_ends_of_tokenizer_and_generation_config(folder: Path, tmp_path: Path) -
 def test_a_chat_ends_as_its_template_says(folder: Path, tmp_path: Path) -> None:
     chat = load_tokenizer(str(save_chat_tokenizer(tmp_path, eos_token="<|im_start|>")))
     start, end = (chat.encode(text)[0] for text in ("<|im_start|>", "<|im_end|>"))
-    opened = dataclasses.replace(open_model(folder), hf_config={})
+    own = shutil.copytree(folder, tmp_path / "own")
+    (own / "generation_config.json").unlink()
+    opened = dataclasses.replace(open_model(own), hf_config={})
     assert end_tokens(opened, chat) == {start}
     assert end_tokens(opened, chat, chat=True) == {start, end}
 
