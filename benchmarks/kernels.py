@@ -222,16 +222,16 @@ def norm_cases(s: Shapes) -> Iterator[Case]:
 def elementwise_cases(s: Shapes) -> Iterator[Case]:
     yield from differentiable(
         "SwiGLU",
-        with_rest(elementwise.gated_activation, None, "silu"),
-        underneath(elementwise.plain_gated_activation, None, "silu"),
+        with_rest(elementwise.mlp_activation, None, "silu", True),
+        underneath(elementwise.plain_mlp_activation, None, "silu", True),
         lambda seed, t: [random(s, t, 2 * s.f, seed=seed)],
         s,
         (6.0 * s.t * s.f, 10.0 * s.t * s.f),
     )
     yield from differentiable(
         "bias + GELU",
-        with_rest(elementwise.biased_activation, "gelu_tanh"),
-        underneath(elementwise.plain_biased_activation, "gelu_tanh"),
+        with_rest(elementwise.mlp_activation, "gelu_tanh", False),
+        underneath(elementwise.plain_mlp_activation, "gelu_tanh", False),
         lambda seed, t: [random(s, t, s.f, seed=seed), random(s, s.f, seed=99)],
         s,
         (4.0 * s.t * s.f, 6.0 * s.t * s.f),

@@ -164,33 +164,23 @@ def activate(x: Tensor, kind: Activation) -> Tensor:
     return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
-def gated_activation(x: Tensor, bias: Tensor | None, kind: Activation) -> Tensor:
-    """`act(gate) * up` of `[t, 2f]`, gate first, to `[t, f]`, after adding a bias `[2f]`."""
+def mlp_activation(x: Tensor, bias: Tensor | None, kind: Activation, gated: bool) -> Tensor:
+    """`act(x + bias)` of `[t, f]`, or where gated `act(gate) * up` of `[gate | up] + bias`, `[t,
+    2f]`, to `[t, f]`.
+    """
     if has_triton_twin(x):
-        return _Activation.apply(x, bias, kind, True)
-    return plain_gated_activation(x, bias, kind)
+        return _Activation.apply(x, bias, kind, gated)
+    return plain_mlp_activation(x, bias, kind, gated)
 
 
 @compiled
-def plain_gated_activation(x: Tensor, bias: Tensor | None, kind: Activation) -> Tensor:
-    """`gated_activation` with the gradient that autograd finds."""
+def plain_mlp_activation(x: Tensor, bias: Tensor | None, kind: Activation, gated: bool) -> Tensor:
+    """`mlp_activation` with the gradient that autograd finds."""
     wide = upcast(x) if bias is None else upcast(x) + bias
+    if not gated:
+        return activate(wide, kind).to(x.dtype)
     gate, up = wide.chunk(2, dim=-1)
     return (activate(gate, kind) * up).to(x.dtype)
-
-
-def biased_activation(x: Tensor, bias: Tensor | None, kind: Activation) -> Tensor:
-    """`act(x + bias)` of `[t, f]`."""
-    if has_triton_twin(x):
-        return _Activation.apply(x, bias, kind, False)
-    return plain_biased_activation(x, bias, kind)
-
-
-@compiled
-def plain_biased_activation(x: Tensor, bias: Tensor | None, kind: Activation) -> Tensor:
-    """`biased_activation` with the gradient that autograd finds."""
-    wide = upcast(x) if bias is None else upcast(x) + bias
-    return activate(wide, kind).to(x.dtype)
 
 
 class _Activation(torch.autograd.Function):

@@ -4,7 +4,7 @@ Imported on CUDA only; the tests run these kernels on a CPU under Triton's inter
 tokens, f MLP width, n heads, d head size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -158,11 +158,6 @@ class ActivationLaunch:
     stages: int = 3
     """Tokens under way."""
 
-    def tokens_of(self, y: Tensor) -> int:
-        """Tokens of one program: fewer where a device's processors would have too few programs."""
-        blocks = y.shape[0] * triton.cdiv(y.shape[1], self.block)
-        return min(self.tokens, triton.next_power_of_2(triton.cdiv(blocks, _PROGRAMS)))
-
 
 _PROGRAMS = 1024
 """Some for each processor of any device."""
@@ -196,7 +191,7 @@ def activation_forward(
     y = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    launch = _ONE_TOKEN if bias is None else launch
+    launch = _fitted(launch, bias, y)
     grid, maxima = _grid(y, launch)
     _activate[grid](
         x,
@@ -207,7 +202,7 @@ def activation_forward(
         width,
         gated,
         kind,
-        launch.tokens_of(y),
+        launch.tokens,
         launch.block,
         launch.stages,
         num_warps=launch.warps,
@@ -239,7 +234,7 @@ def activation_backward(
     dx = torch.empty_like(x)
     if not dy.numel():
         return dx, None if bias is None else torch.zeros_like(bias)
-    launch = _ONE_TOKEN if bias is None else launch
+    launch = _fitted(launch, bias, dy)
     grid, maxima = _grid(dy, launch)
     sums = None if bias is None else x.new_empty((grid[0], x.shape[1]), dtype=torch.float32)
     _activate_back[grid](
@@ -252,7 +247,7 @@ def activation_backward(
         *dy.shape,
         gated,
         kind,
-        launch.tokens_of(dy),
+        launch.tokens,
         launch.block,
         launch.stages,
         num_warps=launch.warps,
@@ -261,9 +256,20 @@ def activation_backward(
     return dx, None if sums is None or bias is None else sum_rows(sums, bias.dtype)
 
 
+def _fitted(launch: ActivationLaunch, bias: Tensor | None, y: Tensor) -> ActivationLaunch:
+    """With fewer tokens for each program where a device's processors would have too few programs,
+    and with one where there is no bias.
+    """
+    if bias is None:
+        return _ONE_TOKEN
+    blocks = y.shape[0] * triton.cdiv(y.shape[1], launch.block)
+    tokens = min(launch.tokens, triton.next_power_of_2(triton.cdiv(blocks, _PROGRAMS)))
+    return replace(launch, tokens=tokens)
+
+
 def _grid(y: Tensor, launch: ActivationLaunch) -> tuple[tuple[int, int], Tensor]:
     """Programs, and where each puts a maximum."""
-    grid = (triton.cdiv(y.shape[0], launch.tokens_of(y)), triton.cdiv(y.shape[1], launch.block))
+    grid = (triton.cdiv(y.shape[0], launch.tokens), triton.cdiv(y.shape[1], launch.block))
     return grid, torch.empty(grid, dtype=torch.int32, device=y.device)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from core.config.transformer import TransformerConfig
-from core.kernels.elementwise import biased_activation, gated_activation
+from core.kernels.elementwise import mlp_activation
 from core.layers.linear import ColumnParallelLinear, RowParallelLinear
 from core.parallel.cutting import Block
 from core.parallel.placement import Placement
@@ -61,6 +61,6 @@ class MLP(nn.Module):
         output bias.
         """
         inner = self.linear_fc1(x)
-        activate = gated_activation if self.gated else biased_activation
-        flat = activate(inner.flatten(0, 1), self.linear_fc1.bias, self.activation)
+        bias = self.linear_fc1.bias
+        flat = mlp_activation(inner.flatten(0, 1), bias, self.activation, self.gated)
         return self.linear_fc2(flat.view(*inner.shape[:2], -1))

@@ -20,10 +20,9 @@ from core.kernels.elementwise import (
     _AddNorm,
     _Rotary,
     add_norm,
-    biased_activation,
     drop,
-    gated_activation,
     layer_norm,
+    mlp_activation,
     plain_rms_norm,
     rms_norm,
     rotary,
@@ -73,9 +72,9 @@ CASES: list[tuple[str, Callable[..., Any], list[Tensor], tuple[Any, ...]]] = [
         [_random(100, 2, 256), _random(256), _random(256, scale=0.5)],
         (1e-5,),
     ),
-    ("swiglu", gated_activation, [_random(100, 512), _random(512)], ("silu",)),
+    ("swiglu", mlp_activation, [_random(100, 512), _random(512)], ("silu", True)),
     *(
-        (f"gated {kind}", gated_activation, [_random(100, 2 * 1500)], (None, kind))
+        (f"gated {kind}", mlp_activation, [_random(100, 2 * 1500)], (None, kind, True))
         for kind in get_args(Activation)
     ),
     (
@@ -109,7 +108,7 @@ CASES: list[tuple[str, Callable[..., Any], list[Tensor], tuple[Any, ...]]] = [
         [_random(300, 2, 9, 80), _random(80), _random(80, scale=0.5)],
         (),
     ),
-    ("gelu", biased_activation, [_random(1000, 1500), _random(1500)], ("gelu_tanh",)),
+    ("gelu", mlp_activation, [_random(1000, 1500), _random(1500)], ("gelu_tanh", False)),
     (
         "rotary",
         rotary,
@@ -152,8 +151,8 @@ def test_compiled_equals_plain(case: Any, dtype: torch.dtype, tolerance: float) 
 
 def test_hand_written_kernels_are_used() -> None:
     x, weight = (torch.ones(4, 8, device="cuda", requires_grad=True) for _ in range(2))
-    for activation in (gated_activation, biased_activation):
-        assert type(activation(x, None, "silu").grad_fn) is _Activation._backward_cls
+    for gated in (True, False):
+        assert type(mlp_activation(x, None, "silu", gated).grad_fn) is _Activation._backward_cls
     for bias in (None, weight[1]):
         normed = add_norm(x, x, bias, weight[0], bias, 1e-5)[1]
         assert type(normed.grad_fn) is _AddNorm._backward_cls
@@ -196,7 +195,7 @@ def test_a_new_number_of_tokens_needs_no_new_graph() -> None:
     graphs = []
     for tokens in (64, 96, 128, 1000, 4096):
         x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
-        plain_rms_norm(gated_activation(x, None, "silu"), weight, 1e-5)
+        plain_rms_norm(mlp_activation(x, None, "silu", True), weight, 1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [graphs[0]] * len(graphs)
 

@@ -13,10 +13,9 @@ from core.kernels.elementwise import (
     Activation,
     activate,
     add_bias,
-    biased_activation,
     drop,
-    gated_activation,
     layer_norm,
+    mlp_activation,
     rms_norm,
     rotary,
 )
@@ -96,15 +95,15 @@ def test_activations(kind: Activation) -> None:
     x, bias = _random(6, 10), _random(10, seed=1)
     reference = ACT2FN[HF_NAME[kind]]
     _agree(lambda x: activate(x, kind), reference, [x], 1e-12)
-    _agree(lambda x: biased_activation(x, None, kind), reference, [x], 1e-12)
+    _agree(lambda x: mlp_activation(x, None, kind, False), reference, [x], 1e-12)
     _agree(
-        lambda x, b: biased_activation(x, b, kind),
+        lambda x, b: mlp_activation(x, b, kind, False),
         lambda x, b: reference(x + b),
         [x, bias],
         1e-12,
     )
     leaves = x.requires_grad_(), bias.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, b: biased_activation(x, b, kind), leaves)
+    assert torch.autograd.gradcheck(lambda x, b: mlp_activation(x, b, kind, False), leaves)
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
@@ -112,16 +111,19 @@ def test_gate_comes_first(kind: Activation) -> None:
     x, bias = _random(6, 10), _random(10, seed=1)
     act = ACT2FN[HF_NAME[kind]]
     _agree(
-        lambda x: gated_activation(x, None, kind), lambda x: act(x[:, :5]) * x[:, 5:], [x], 1e-12
+        lambda x: mlp_activation(x, None, kind, True),
+        lambda x: act(x[:, :5]) * x[:, 5:],
+        [x],
+        1e-12,
     )
     _agree(
-        lambda x, b: gated_activation(x, b, kind),
+        lambda x, b: mlp_activation(x, b, kind, True),
         lambda x, b: act(x[:, :5] + b[:5]) * (x[:, 5:] + b[5:]),
         [x, bias],
         1e-12,
     )
     leaves = x.requires_grad_(), bias.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, b: gated_activation(x, b, kind), leaves)
+    assert torch.autograd.gradcheck(lambda x, b: mlp_activation(x, b, kind, True), leaves)
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
@@ -131,8 +133,10 @@ def test_activations_in_bf16_are_rounded_once(kind: Activation) -> None:
     wide = x.float() + bias.float()
     gate, up = wide.chunk(2, dim=-1)
     expected = (activate(gate, kind) * up).to(torch.bfloat16)
-    assert torch.equal(gated_activation(x, bias, kind), expected)
-    assert torch.equal(biased_activation(x, bias, kind), activate(wide, kind).to(torch.bfloat16))
+    assert torch.equal(mlp_activation(x, bias, kind, True), expected)
+    assert torch.equal(
+        mlp_activation(x, bias, kind, False), activate(wide, kind).to(torch.bfloat16)
+    )
 
 
 def _angles(s: int, r: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,7 @@ from core.kernels.elementwise import (
     Activation,
     _Activation,
     _Rotary,
-    plain_biased_activation,
-    plain_gated_activation,
+    plain_mlp_activation,
     plain_rotary,
 )
 
@@ -31,10 +30,6 @@ def _error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
 
 
-def _plain(x: Tensor, bias: Tensor | None, kind: Activation, gated: bool) -> Tensor:
-    return (plain_gated_activation if gated else plain_biased_activation)(x, bias, kind)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", get_args(Activation))
 @pytest.mark.parametrize("gated", [True, False])
@@ -50,7 +45,7 @@ def test_activation(
     out = _Activation.apply(leaves[0], leaves[1] if biased else None, kind, gated)
     grads = torch.autograd.grad(out, leaves, dy)
     exact = [y.double().requires_grad_() for y in inputs]
-    expected = _plain(exact[0], exact[1] if biased else None, kind, gated)
+    expected = plain_mlp_activation(exact[0], exact[1] if biased else None, kind, gated)
     expected_grads = torch.autograd.grad(expected, exact, dy.double())
     for found, wanted in zip((out, *grads), (expected, *expected_grads), strict=True):
         assert found.dtype == dtype
@@ -65,10 +60,10 @@ def test_activation_cut_in_other_ways(tokens: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(triton_elementwise, "_PROGRAMS", 1)
     x, bias, dy = _random(7, 80), _random(80, seed=1), _random(7, 40, seed=2)
     launch = ActivationLaunch(tokens=tokens, block=32, warps=1, stages=1)
-    assert launch.tokens_of(dy) == min(tokens, 16)
+    assert triton_elementwise._fitted(launch, bias, dy).tokens == min(tokens, 16)
     found = activation_backward(x, bias, dy, "gelu", True, launch)
     leaves = x.requires_grad_(), bias.requires_grad_()
-    out = plain_gated_activation(*leaves, "gelu")
+    out = plain_mlp_activation(*leaves, "gelu", True)
     torch.testing.assert_close(found, torch.autograd.grad(out, leaves, dy))
 
 
@@ -81,7 +76,7 @@ def test_activation_far_from_zero(kind: Activation) -> None:
         _Activation.apply(leaf, None, kind, gated).sum().backward()
         assert leaf.grad is not None
         exact = leaf.detach().double().requires_grad_()
-        _plain(exact, None, kind, gated).sum().backward()
+        plain_mlp_activation(exact, None, kind, gated).sum().backward()
         assert exact.grad is not None
         torch.testing.assert_close(leaf.grad.double(), exact.grad)
 
@@ -92,7 +87,7 @@ def test_activation_of_other_layouts() -> None:
     for weight in (torch.ones(1, 1, device=DEVICE).expand(4, 6), _random(6, 4).t()):
         out = _Activation.apply(leaf, bias, "silu", True)
         grads = torch.autograd.grad(out, (leaf, bias), weight)
-        out = plain_gated_activation(leaf, bias, "silu")
+        out = plain_mlp_activation(leaf, bias, "silu", True)
         torch.testing.assert_close(grads, torch.autograd.grad(out, (leaf, bias), weight))
     out = _Activation.apply(leaf[:0], bias, "silu", True)
     assert not any(x.any() for x in torch.autograd.grad(out.sum(), (leaf, bias)))

@@ -279,7 +279,7 @@ def test_maxima_come_from_the_kernels_that_wrote_the_matrix(
         x = _x(S, B, H).float().requires_grad_()
         _, normed = elementwise.add_norm(x, None, None, torch.ones(H), None, 1e-5)
         inner = first(normed)
-        flat = elementwise.gated_activation(inner.flatten(0, 1), None, "silu")
+        flat = elementwise.mlp_activation(inner.flatten(0, 1), None, "silu", True)
         y = second(flat.view(S, B, -1))
         return [y, *torch.autograd.grad(y.square().sum(), [x, first.weight, second.weight])]
 

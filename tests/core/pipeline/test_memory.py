@@ -64,9 +64,8 @@ COMPILED = (
     (core.kernels.elementwise, "plain_rms_norm"),
     (core.kernels.elementwise, "plain_layer_norm"),
     (core.kernels.elementwise, "plain_rotary"),
-    (core.kernels.elementwise, "plain_gated_activation"),
+    (core.kernels.elementwise, "plain_mlp_activation"),
     (core.kernels.elementwise, "add_bias"),
-    (core.kernels.elementwise, "plain_biased_activation"),
     (core.layers.dropout, "add_bias"),
 )
 
